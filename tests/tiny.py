@@ -1,0 +1,195 @@
+"""Made posts, tokenizers and models small enough for two CPU cores: for the tests and the demo.
+
+The posts are templates without slurs. Each hateful form has a negated and a counter-speech twin,
+so that the words of an attack alone do not decide the label.
+"""
+
+from __future__ import annotations
+
+import csv
+import itertools
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+GROUPS = {
+    "lgbtq": ("Homosexual", ["gay people", "lesbians", "trans people", "gay couples"]),
+    "mexican": ("Hispanic", ["Mexicans", "Mexican families", "people from Mexico", "Latinos"]),
+    "middle_east": ("Arab", ["Arabs", "people from Iraq", "Syrian families", "Lebanese people"]),
+}
+PLACES = ["town", "school", "street", "country", "office", "park", "club", "neighbourhood"]
+ATTACKS = [
+    "{who} do not belong in this {place}",
+    "{who} ruin every {place} they come to",
+    "keep {who} out of our {place}",
+    "nobody should have to share a {place} with {who}",
+    "we must get rid of {who} before they take over the {place}",
+]
+TWINS = [
+    "it is a lie that {attack}",
+    "my uncle says {attack} and i told him to stop",
+    "nobody here believes that {attack}",
+    "whoever writes {attack} should be ashamed",
+]
+NEUTRAL = [
+    "{who} opened a bakery near the {place} last week",
+    "the council met {who} to talk about the {place}",
+    "i interviewed {who} about the history of the {place}",
+    "{who} and their friends cleaned the {place} on sunday",
+    "a new law lets {who} rent the {place} for weddings",
+]
+# A chat template in the common style, with a role header and an end-of-turn token.
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|start|>{{ message.role }}\n{{ message.content }}<|end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|start|>assistant\n{% endif %}"
+)
+
+
+def made_posts(seed: int = 0) -> list[dict[str, Any]]:
+    """A few hundred posts with `text`, `label` (hate, normal) and `group`, in a fixed order."""
+    posts = []
+    for (group, (_, names)), place in itertools.product(GROUPS.items(), PLACES):
+        for index, attack in enumerate(ATTACKS):
+            who = names[(index + len(place)) % len(names)]
+            attacked = attack.format(who=who, place=place)
+            twin = TWINS[(index + PLACES.index(place)) % len(TWINS)].format(attack=attacked)
+            neutral = NEUTRAL[index].format(who=who, place=place)
+            for text, label in ((attacked, "hate"), (twin, "normal"), (neutral, "normal")):
+                posts.append({"text": text, "label": label, "group": group})
+            intensified = f"{attacked}, i mean it, {names[(index + 1) % len(names)]} too"
+            posts.append({"text": intensified, "label": "hate", "group": group})
+    random.Random(seed).shuffle(posts)
+    return posts
+
+
+def write_sources(folder: Path, seed: int = 0) -> dict[str, Path]:
+    """Write the posts in the official formats of HateXplain and ToxiGen, half each."""
+    folder.mkdir(parents=True, exist_ok=True)
+    posts = made_posts(seed)
+    half = len(posts) // 2
+    hatexplain, divisions = {}, {"train": [], "val": [], "test": []}
+    for number, post in enumerate(posts[:half]):
+        target, _ = GROUPS[post["group"]]
+        tokens = post["text"].lower().split()
+        name = f"made_{number:04d}"
+        label = "hatespeech" if post["label"] == "hate" else "normal"
+        mask = [int(post["label"] == "hate")] * len(tokens)
+        hatexplain[name] = {
+            "post_id": name,
+            "annotators": [
+                {"label": label, "annotator_id": annotator, "target": [target]}
+                for annotator in (1, 2, 3)
+            ],
+            "rationales": [mask, mask] if post["label"] == "hate" else [],
+            "post_tokens": tokens,
+        }
+        split = {7: "val", 8: "test", 9: "test"}.get(number % 10, "train")
+        divisions[split].append(name)
+    files = {
+        "hatexplain": folder / "dataset.json",
+        "hatexplain_splits": folder / "post_id_divisions.json",
+        "toxigen": folder / "annotated_train.csv",
+    }
+    files["hatexplain"].write_text(json.dumps(hatexplain), encoding="utf-8")
+    files["hatexplain_splits"].write_text(json.dumps(divisions), encoding="utf-8")
+    with files["toxigen"].open("w", newline="", encoding="utf-8") as file:
+        columns = ["text", "target_group", "toxicity_ai", "toxicity_human", "label"]
+        rows = csv.DictWriter(file, columns)
+        rows.writeheader()
+        for post in posts[half:]:
+            hateful = post["label"] == "hate"
+            rows.writerow(
+                {
+                    "text": repr(post["text"].encode()),
+                    "target_group": post["group"],
+                    "toxicity_ai": 4.5 if hateful else 1.0,
+                    "toxicity_human": 4.5 if hateful else 1.0,
+                    "label": "hate" if hateful else "neutral",
+                }
+            )
+    return files
+
+
+def save_tokenizer(folder: Path, chat_template: str | None = CHAT_TEMPLATE) -> Any:
+    """Train a byte-level BPE tokenizer on the made posts; without a template: no pad token."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    texts = [post["text"] for post in made_posts()] + ["system user assistant", " hate", " normal"]
+    backend.train_from_iterator(
+        texts * 3,
+        trainers.BpeTrainer(
+            vocab_size=1000,
+            special_tokens=["<|pad|>", "<|start|>", "<|end|>"],
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        ),
+    )
+    padding = {"pad_token": "<|pad|>"} if chat_template else {}
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, eos_token="<|end|>", chat_template=chat_template, **padding
+    )
+    tokenizer.save_pretrained(folder)
+    return tokenizer
+
+
+def save_model(
+    folder: Path, kind: str = "llama", chat_template: str | None = CHAT_TEMPLATE
+) -> Path:
+    """Save a tiny random model of a class (llama, gpt2, bert, …) with its tokenizer."""
+    import torch
+    import transformers
+
+    tokenizer = save_tokenizer(folder, chat_template)
+    sizes = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": 128,
+        "intermediate_size": 256,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 512,
+        "pad_token_id": tokenizer.pad_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "bos_token_id": None,
+    }
+    torch.manual_seed(0)
+    if kind == "llama":
+        config = transformers.LlamaConfig(
+            **sizes, num_key_value_heads=2, tie_word_embeddings=False, initializer_range=0.08
+        )
+        model = transformers.LlamaForCausalLM(config)
+    elif kind == "gpt2":
+        config = transformers.GPT2Config(
+            vocab_size=len(tokenizer),
+            n_embd=64,
+            n_layer=2,
+            n_head=4,
+            n_positions=512,
+            bos_token_id=tokenizer.eos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+        )
+        model = transformers.GPT2LMHeadModel(config)
+    elif kind == "bert":
+        model = transformers.BertModel(transformers.BertConfig(**sizes))
+    else:
+        raise ValueError(f"no tiny model of kind {kind!r}")
+    model.save_pretrained(folder)
+    return folder
+
+
+def write_jsonl(file: Path, rows: list[dict[str, Any]]) -> Path:
+    """Write rows as JSON lines."""
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return file
+
+
+def post_rows(seed: int = 0) -> list[dict[str, Any]]:
+    """The made posts as rows of a local training file."""
+    return [
+        {"text": post["text"], "label": post["label"], "target_groups": [post["group"]]}
+        for post in made_posts(seed)
+    ]

@@ -1,0 +1,1606 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#     "accelerate==1.15.0",
+#     "bitsandbytes==0.50.2",
+#     "datasets==5.2.0",
+#     "huggingface-hub==2.4.0",
+#     "jinja2==3.1.6",
+#     "peft==0.21.2",
+#     "torch==2.13.0",
+#     "transformers==5.23.0",
+#     "trl==1.16.0",
+#     "wandb==0.31.0",
+# ]
+#
+# [tool.uv]
+# exclude-newer = "2026-11-20T00:00:00Z"
+#
+# [tool.hf-jobs]
+# flavor = "a100-large"
+# timeout = "4h"
+# name = "hsd-train"
+# secrets = ["HF_TOKEN"]
+# ///
+"""Fine-tune a LoRA adapter that labels hate speech; resubmit the same command to resume.
+
+Reads:  DATASET_REPO (built by datasets/build_*.py, default {you}/hsd-data) or a local --train_file,
+        and the base model at a pinned revision.
+Writes: HUB_MODEL_ID (private, default {you}/hsd-lora): checkpoint-N/ at every save, and at the end
+        the adapter, tokenizer, contract.json and model card at its root.
+
+    hf jobs uv run --flavor a100-large train/train.py
+    hf jobs uv run --flavor l4x1 train/train.py --model_name_or_path HuggingFaceTB/SmolLM2-360M
+
+The same command again continues from the newest complete checkpoint of the repo, on any machine;
+after the end it says so and does nothing. --output_dir without --hub_model_id is a local run that
+needs no network and no token. Every further field of trl.SFTConfig (with --task classify: of
+transformers.TrainingArguments) is accepted as a flag, for example --optim paged_adamw_8bit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import contextlib
+import difflib
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, NoReturn
+
+SCRIPT = "train/train.py"
+SCHEMA = 1
+CONTRACT = "contract.json"
+# Variables with these names are read as they stand; every other flag is HSD_<FLAG>, because an
+# unprefixed SEED or TASK in somebody's shell must not change an audited run.
+PLAIN_VARIABLES = ("DATASET_REPO", "HUB_MODEL_ID", "MAX_STEPS")
+# What a run shows its tokenizer and template to prove that they are those of another run.
+PROBE_POST = "My neighbours moved in last week, said <|endoftext|> nobody. 42 % é \u4f60\u597d"
+NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")
+LABELS, POSITIVE_LABEL = ["normal", "hate"], "hate"
+PRESETS: dict[str, dict[str, Any]] = {
+    "default": {},
+    "high_capacity": {"lora_r": 64, "num_train_epochs": 5},
+    "memory_efficient": {
+        "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": 8,
+        "max_length": 256,
+    },
+    "quick_test": {"num_train_epochs": 1, "lora_r": 16, "early_stopping_patience": 0},
+}
+# Names that the libraries dropped and that users' commands and config files still hold.
+ALIASES = {
+    "max_seq_length": "max_length",
+    "evaluation_strategy": "eval_strategy",
+    "warmup_ratio": "warmup_steps",
+    "gradient_checkpointing": "activation_checkpointing",
+}
+# Fields that this script decides itself: accepted in a config file, printed and left out.
+DECIDED_HERE = {
+    "push_to_hub": "checkpoints are pushed to --hub_model_id",
+    "hub_strategy": "checkpoints are pushed to --hub_model_id",
+    "hub_private_repo": "repos are created private",
+    "hub_always_push": "every checkpoint is pushed",
+    "resume_from_checkpoint": "the newest complete checkpoint is found by itself",
+    "overwrite_output_dir": "a finished or half-finished run is never overwritten",
+    "logging_dir": "logs lie below --output_dir",
+    "remove_unused_columns": "the data is already tokenised",
+}
+# A resumed run must be the run that began: these arguments may not change under it.
+SAME_RUN = (
+    *("task", "model_name_or_path", "model_revision", "dataset_repo", "dataset_config"),
+    *("train_file", "max_length", "seed", "lora_r", "lora_alpha", "lora_dropout"),
+    *("lora_target_modules", "load_in_4bit", "bnb_4bit_quant_type", "learning_rate"),
+    *("lr_scheduler_type", "warmup_steps", "weight_decay", "max_grad_norm"),
+    *("per_device_train_batch_size", "gradient_accumulation_steps"),
+)
+# Documented flags that are fields of the trainer's config by the same name.
+TRAINER_FLAGS = (
+    *("learning_rate", "num_train_epochs", "max_steps", "per_device_train_batch_size"),
+    *("per_device_eval_batch_size", "gradient_accumulation_steps", "warmup_steps"),
+    *("weight_decay", "max_grad_norm", "lr_scheduler_type", "seed", "save_steps"),
+    *("logging_steps", "report_to", "run_name"),
+)
+CHECKPOINT_FILES = {
+    "adapter_config.json",
+    "adapter_model.safetensors",
+    "optimizer.pt",
+    "scheduler.pt",
+    "trainer_state.json",
+}
+# Not pushed: training_args.bin is a pickle that nothing reads, README.md is PEFT's empty card.
+UNPUSHED = {"training_args.bin", "README.md"}
+# Also the strategy of a local training file of posts, which brings no prompt of its own.
+INSTRUCTION = {
+    "description": "instruction, post and classification under headings; needs no chat template",
+    "system": "",
+    "user": (
+        "### Instruction:\nDecide whether the post is hate speech: an attack on people, or a call "
+        "for one, because of a group they belong to. Reporting, quoting in order to object, and "
+        "plain mentions of a group are no hate speech. Answer {labels}.\n\n"
+        "### Post:\n{text}\n\n### Classification:"
+    ),
+    "answer": "{label}",
+}
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """The documented flags, plus every field of the trainer's config read from its source."""
+    parser = Parser(prog=SCRIPT, description=__doc__)
+    switch = {"type": boolean, "nargs": "?", "const": True, "default": False}
+    flag = parser.add_argument_group("data").add_argument
+    flag("--dataset_repo", help="Hub id[@revision] or folder ({you}/hsd-data)")
+    flag("--dataset_config", help="prompt strategy (simple); with --task classify: unified")
+    flag("--train_file", help="JSONL of messages, or of text and label, instead of a dataset repo")
+    flag("--validation_file", help="the same for evaluation during training")
+    flag("--max_length", type=int, default=512, help="tokens; a longer post is cut, no prompt")
+    flag = parser.add_argument_group("model").add_argument
+    flag("--model_name_or_path", default="openai/gpt-oss-20b", help="Hub id or folder")
+    flag("--model_revision", help="branch, tag or commit of the base model (main)")
+    flag("--task", choices=["causal", "classify"], default="causal")
+    flag("--lora_r", type=int, default=32)
+    flag("--lora_alpha", type=int, default=32)
+    flag("--lora_dropout", type=float, default=0.05)
+    flag("--lora_target_modules", nargs="+", default=["q_proj", "v_proj"])
+    flag("--load_in_4bit", **switch, help="QLoRA: the base quantised to four bits, twice")
+    flag("--bnb_4bit_quant_type", choices=["nf4", "fp4"], default="nf4")
+    flag("--dtype", choices=["auto", "float32", "bfloat16"], default="auto")
+    flag("--reasoning_effort", default="low", help="written into prompts that have one (gpt-oss)")
+    flag = parser.add_argument_group("training").add_argument
+    flag("--learning_rate", type=float, default=2e-4)
+    flag("--num_train_epochs", type=float, default=3.0)
+    flag("--max_steps", type=int, default=-1, help="-1: --num_train_epochs decides")
+    flag("--per_device_train_batch_size", type=int, default=4)
+    flag("--per_device_eval_batch_size", type=int, default=8)
+    flag("--gradient_accumulation_steps", type=int, default=4)
+    flag("--warmup_steps", type=float, default=100.0, help="below 1: the share of all steps")
+    flag("--weight_decay", type=float, default=0.01)
+    flag("--max_grad_norm", type=float, default=1.0)
+    flag("--lr_scheduler_type", default="cosine")
+    flag("--early_stopping_patience", type=int, default=2, help="0: off, the last weights stay")
+    flag("--early_stopping_threshold", type=float, default=0.01)
+    flag("--seed", type=int, default=42)
+    flag = parser.add_argument_group("state and logs").add_argument
+    flag("--hub_model_id", help="adapter repo ({you}/hsd-lora)")
+    flag("--run_name", help="name of the W&B run and of the adapter repo ({you}/hsd-RUN_NAME)")
+    flag("--output_dir", help="folder; without --hub_model_id a local run, with no network")
+    flag("--save_steps", type=int, default=100, help="between checkpoints and evaluations")
+    flag("--keep_checkpoints", type=int, default=2, help="on the Hub, beside the best one")
+    flag("--logging_steps", type=int, default=10)
+    flag("--report_to", nargs="+", default=["wandb"], help="wandb (offline without its key), none")
+    flag("--config_file", help="JSON or YAML file of these flags")
+    flag("--preset", default="default", help=", ".join(PRESETS))
+    flag("--allow_public", **switch, help="push to a repo that is public")
+    flag("--allow_cpu", **switch, help="train a model of more than 2B parameters without a GPU")
+    fields = add_trainer_fields(parser)
+    args = resolve_arguments(parser, argv, PRESETS, ALIASES)
+    args.trainer_fields = {name: vars(args).pop(name) for name in fields & vars(args).keys()}
+    for name in args.trainer_fields.keys() & DECIDED_HERE.keys():
+        print(f"--{name} has no effect: {DECIDED_HERE[name]}", flush=True)
+        del args.trainer_fields[name]
+    return args
+
+
+def add_trainer_fields(parser: Parser) -> set[str]:
+    """Add the remaining fields of SFTConfig and TrainingArguments as flags; return their names.
+
+    Names and types are read from the classes' source: importing them takes ten seconds.
+    """
+    documented = {action.dest for action in parser._actions}
+    taken = set(documented)
+    for package, file in (
+        ("trl", "trainer/sft_config.py"),
+        ("trl", "trainer/base_config.py"),
+        ("transformers", "training_args.py"),
+    ):
+        folder = find_spec(package).submodule_search_locations[0]
+        tree = ast.parse((Path(folder) / file).read_text(encoding="utf-8"))
+        fields = [
+            field
+            for node in tree.body
+            if isinstance(node, ast.ClassDef) and node.name.endswith(("Config", "Arguments"))
+            for field in node.body
+            if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name)
+        ]
+        for field in fields:
+            if field.target.id not in taken and not field.target.id.startswith("_"):
+                taken.add(field.target.id)
+                parser.add_argument(
+                    f"--{field.target.id}",
+                    help=argparse.SUPPRESS,
+                    default=argparse.SUPPRESS,
+                    **field_type(ast.unparse(field.annotation)),
+                )
+    for name in sorted(DECIDED_HERE.keys() - taken):
+        parser.add_argument(f"--{name}", help=argparse.SUPPRESS, default=argparse.SUPPRESS)
+    return (taken | DECIDED_HERE.keys()) - documented
+
+
+def field_type(annotation: str) -> dict[str, Any]:
+    """argparse options for a field of the trainer's config, from its annotation's text."""
+    if annotation.startswith("bool"):
+        return {"type": boolean, "nargs": "?", "const": True}
+    if "dict" in annotation:
+        return {"type": json.loads}
+    if "list" in annotation:
+        return {"nargs": "+"}
+    for name, kind in (("float", float), ("int", int)):
+        if annotation.startswith(name):
+            return {"type": kind}
+    return {}
+
+
+def main(argv: list[str] | None = None) -> None:
+    quiet_libraries()
+    args = parse_args(argv)
+    check_arguments(args)
+    store = open_store(args)
+    earlier = store.read_contract()
+    if earlier:
+        check_same_run(args, earlier, store.name)
+    data = read_data(args, earlier)
+    base = open_base(args, earlier)
+    config = read_base_config(base)
+    device = check_device(count_parameters(config), args.allow_cpu, job_command(args))
+    tokenizer = load_tokenizer(base)
+    contract = build_contract(args, data, base, tokenizer, earlier)
+    if earlier and is_finished(store, earlier, contract):
+        return
+    rows = encode_rows(args, data, tokenizer, contract)
+    write_json(store.folder / CONTRACT, contract)
+    with hub_errors(f"write the contract to {store.name}"):
+        store.push([CONTRACT], f"Start {SCRIPT}")
+    start_wandb(args, contract)
+    model = build_model(args, base, config, contract, device)
+    trainer = build_trainer(args, store, model, base, tokenizer, rows, device)
+    add_push_callback(trainer, store, contract, args.keep_checkpoints)
+    trainer.train(resume_from_checkpoint=store.fetch_checkpoint())
+    finish(store, trainer, tokenizer, contract)
+
+
+# --- arguments and state ---------------------------------------------------------------------
+
+
+def check_arguments(args: argparse.Namespace) -> None:
+    """Refuse what cannot work before anything is opened."""
+    if args.train_file and args.dataset_repo:
+        fail("--train_file and --dataset_repo are both given; name one source of training data.")
+    if args.validation_file and not args.train_file:
+        fail("--validation_file goes with --train_file; a dataset repo brings its own split.")
+    if args.max_steps == 0 or args.num_train_epochs <= 0:
+        fail("there is nothing to train: --max_steps is 0 or --num_train_epochs is not positive.")
+    local = args.output_dir and not args.hub_model_id
+    if local and not (args.dataset_repo or args.train_file):
+        fail("a local run needs --dataset_repo (an id or a folder) or --train_file.")
+    if args.hub_model_id and is_folder(args.hub_model_id):
+        fail(f"--hub_model_id {args.hub_model_id} is a folder; say --output_dir for a local run.")
+
+
+@dataclass
+class Store:
+    """Where a run's state lives: a private Hub repo, or only `folder` (`repo` is then None).
+
+    With a repo the Hub is the truth and `folder` is this machine's working copy.
+    """
+
+    repo: str | None
+    folder: Path
+
+    @property
+    def name(self) -> str:
+        return self.repo or str(self.folder)
+
+    def files(self) -> list[str]:
+        """Every file of the repo's head, or of the folder."""
+        if self.repo is None:
+            return [str(file.relative_to(self.folder)) for file in self.folder.rglob("*")]
+        from huggingface_hub import HfApi
+
+        with hub_errors(f"list the files of {self.repo}"):
+            return HfApi().list_repo_files(self.repo)
+
+    def read_contract(self) -> dict[str, Any] | None:
+        """The contract of the run that this one may continue, or None for a new repo."""
+        if CONTRACT not in self.files():
+            return None
+        if self.repo is None:
+            return read_contract(Repo(self.name, "model", None, self.folder), "adapter")
+        return read_contract(open_repo(self.repo, "model"), "adapter")
+
+    def checkpoints(self) -> list[int]:
+        """Steps of the complete checkpoints, newest first; an incomplete one is named."""
+        found: dict[int, set[str]] = {}
+        for file in self.files():
+            if match := re.fullmatch(r"checkpoint-(\d+)/([^/]+)", file):
+                found.setdefault(int(match[1]), set()).add(match[2])
+        steps = []
+        for step in sorted(found, reverse=True):
+            missing = CHECKPOINT_FILES - found[step]
+            if missing:
+                print(f"checkpoint-{step} lacks {', '.join(sorted(missing))}: skipped", flush=True)
+            else:
+                steps.append(step)
+        return steps
+
+    def fetch_checkpoint(self) -> str | None:
+        """Bring the newest complete checkpoint and the best one here; return the newest's folder.
+
+        The best one's path in trainer_state.json becomes this machine's: Trainer otherwise
+        forgets it and ends with other weights than the uninterrupted run.
+        """
+        steps = self.checkpoints()
+        if not steps:
+            print(f"no checkpoint in {self.name}: training starts at step 0", flush=True)
+            return None
+        newest = self.fetch(f"checkpoint-{steps[0]}")
+        state = json.loads((newest / "trainer_state.json").read_text(encoding="utf-8"))
+        if state["best_model_checkpoint"]:
+            best = Path(state["best_model_checkpoint"]).name
+            state["best_model_checkpoint"] = str(self.fetch(best))
+            write_json(newest / "trainer_state.json", state)
+        print(
+            f"resuming from checkpoint-{steps[0]} of {self.name}: step {state['global_step']} of "
+            f"{state['max_steps']}, epoch {state['epoch']:.2f}",
+            flush=True,
+        )
+        return str(newest)
+
+    def fetch(self, checkpoint: str) -> Path:
+        """A local folder of a checkpoint, downloaded where the Hub is the truth."""
+        folder = self.folder / checkpoint
+        if self.repo is not None:
+            shutil.rmtree(folder, ignore_errors=True)
+            source = open_repo(self.repo, "model").fetch(f"{checkpoint}/*") / checkpoint
+            shutil.copytree(source, folder)
+        return folder
+
+    def push(self, names: list[str], message: str, delete: list[str] | None = None) -> str:
+        """Commit files of `folder` under their own names, and the removal of folders, at once.
+
+        Returns the commit's hash. A local run has nothing to push.
+        """
+        if self.repo is None:
+            return ""
+        from huggingface_hub import CommitOperationAdd, CommitOperationDelete
+
+        operations: list[Any] = [
+            CommitOperationDelete(path_in_repo=f"{name}/", is_folder=True) for name in delete or []
+        ]
+        for name in names:
+            operations.append(CommitOperationAdd(name, path_or_fileobj=self.folder / name))
+        return commit(self.repo, "model", operations, message)
+
+
+def open_store(args: argparse.Namespace) -> Store:
+    """Fill in the repos that no flag names and prove that the adapter repo can be written to."""
+    local = bool(args.output_dir) and not args.hub_model_id
+    if not args.dataset_repo and not args.train_file:
+        args.dataset_repo = f"{own_namespace()}/hsd-data"
+    if not local and not args.hub_model_id:
+        args.hub_model_id = f"{own_namespace()}/hsd-{args.run_name or 'lora'}"
+    folder = Path(args.output_dir or tempfile.mkdtemp(prefix="hsd-train-")).expanduser()
+    folder.mkdir(parents=True, exist_ok=True)
+    if local:
+        return Store(None, folder)
+    prepare_repo(args.hub_model_id, "model", args.allow_public)
+    return Store(args.hub_model_id, folder)
+
+
+def check_same_run(args: argparse.Namespace, earlier: dict[str, Any], name: str) -> None:
+    """End where arguments that a resumed run must keep differ from those it began with."""
+    now = stage_record("adapter", SCRIPT, args, [])["arguments"]
+    changed = [
+        f"{key}: {earlier['arguments'].get(key)} -> {now[key]}"
+        for key in SAME_RUN
+        if earlier["arguments"].get(key) != now[key]
+    ]
+    if changed:
+        fail(
+            f"{name} holds a run with other arguments ({'; '.join(changed)}). Give the old values "
+            "to resume it, or another --hub_model_id or --output_dir to start a new run."
+        )
+
+
+def is_finished(store: Store, earlier: dict[str, Any], contract: dict[str, Any]) -> bool:
+    """Say whether the repo already holds the end of this very run, and print it."""
+    lengths = [
+        (run["arguments"]["num_train_epochs"], run["arguments"]["max_steps"])
+        for run in (earlier, contract)
+    ]
+    if earlier["training"]["state"] != "complete" or lengths[0] != lengths[1]:
+        return False
+    print(f"{store.name} is complete at step {earlier['training']['step']}: nothing to do")
+    return True
+
+
+# --- data ------------------------------------------------------------------------------------
+
+
+@dataclass
+class Data:
+    """What is trained on: rows, the labels and groups they speak of, and the prompt around them."""
+
+    train: list[dict[str, Any]]
+    validation: list[dict[str, Any]]
+    labels: list[str]
+    positive_label: str
+    groups: list[str]
+    prompt: dict[str, str] | None
+    source: Repo | None
+    record: dict[str, Any]
+
+
+def read_data(args: argparse.Namespace, earlier: dict[str, Any] | None) -> Data:
+    """Rows from the dataset repo, at the commit the run began with, or from local files."""
+    if args.train_file:
+        return read_local_data(args)
+    source = open_repo(args.dataset_repo, "dataset")
+    if earlier and source.revision and earlier["dataset"]["repo"] == source.name:
+        source = open_repo(f"{source.name}@{earlier['dataset']['revision']}", "dataset")
+    contract = read_contract(source, "dataset")
+    name = args.dataset_config or ("unified" if args.task == "classify" else "simple")
+    train = read_rows(source, name, "train")
+    validation = read_rows(source, name, "validation")
+    for split, rows in (("train", train), ("validation", validation)):
+        check_labels(rows, contract["labels"], f"{source.name} ({name}/{split})")
+    prompt = None
+    if args.task == "causal":
+        if name not in contract["prompts"]:
+            fail(
+                f"{name!r} is no prompt strategy of {source.name}. "
+                f"There are: {', '.join(contract['prompts'])}."
+            )
+        prompt = {"name": name, **contract["prompts"][name]}
+    print(f"labels {contract['labels']}, groups {contract['groups']} (from {source.name})")
+    return Data(
+        train,
+        validation,
+        contract["labels"],
+        contract["positive_label"],
+        contract["groups"],
+        prompt,
+        source,
+        source.as_input(),
+    )
+
+
+def read_local_data(args: argparse.Namespace) -> Data:
+    """Rows of local JSONL files. Posts get the `instruction` strategy; messages bring their own."""
+    train = read_jsonl(args.train_file, LABELS)
+    validation = read_jsonl(args.validation_file, LABELS) if args.validation_file else []
+    posts = [row for row in train + validation if "messages" not in row]
+    check_labels(posts, LABELS, args.train_file)
+    if args.task == "classify" and len(posts) < len(train) + len(validation):
+        fail(f"--task classify needs `text` and `label` in every row of {args.train_file}.")
+    prompt = None
+    if args.task == "causal":
+        prompt = {"name": "instruction"} | {
+            key: text.replace("{labels}", " or ".join(LABELS)) for key, text in INSTRUCTION.items()
+        }
+        for row in posts:
+            row["prompt"] = prompt_messages(prompt, row["text"])
+            row["completion"] = [{"role": "assistant", "content": row["label"]}]
+        for row in train + validation:
+            if "messages" in row:
+                *row["prompt"], answer = row["messages"]
+                row["completion"] = [answer]
+                row["text"] = row["prompt"][-1]["content"] if row["prompt"] else ""
+    file = Path(args.train_file).expanduser()
+    record = {"file": file.name, "sha256": hashlib.sha256(file.read_bytes()).hexdigest()}
+    groups = sorted({group for row in train for group in row["target_groups"]})
+    return Data(train, validation, LABELS, POSITIVE_LABEL, groups, prompt, None, record)
+
+
+def encode_rows(
+    args: argparse.Namespace, data: Data, tokenizer: Any, contract: dict[str, Any]
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Token ids and training labels of both splits; only answers are trained on."""
+    splits = []
+    for name, rows in (("train", data.train), ("validation", data.validation)):
+        if args.task == "classify":
+            encoded = [encode_post(tokenizer, row["text"], args.max_length) for row in rows]
+            examples = [
+                {"input_ids": ids, "labels": data.labels.index(row["label"])}
+                for (ids, _), row in zip(encoded, rows, strict=True)
+            ]
+            num_cut = sum(cut for _, cut in encoded)
+        else:
+            examples, num_cut = encode_conversations(rows, tokenizer, contract)
+        lengths = [len(example["input_ids"]) for example in examples]
+        if examples:
+            print(
+                f"{name}: {len(examples)} rows, {sum(lengths)} tokens, longest {max(lengths)}, "
+                f"{num_cut} posts cut to --max_length {args.max_length}",
+                flush=True,
+            )
+        splits.append(examples)
+    if args.task == "causal":
+        trained = [token for token in splits[0][0]["labels"] if token != -100]
+        print(f"trained on, in the first row: {tokenizer.decode(trained)!r}", flush=True)
+    return splits[0], splits[1]
+
+
+def encode_conversations(
+    rows: list[dict[str, Any]], tokenizer: Any, contract: dict[str, Any]
+) -> tuple[list[dict[str, Any]], int]:
+    """Token ids of prompts with their answers, and how many posts were cut."""
+    rendering = contract["rendering"]
+    scaffold = Scaffold(
+        tuple(rendering["roles"]), tuple(rendering["pieces"]), rendering["answer_prefix"]
+    )
+    examples, num_cut = [], 0
+    for row in rows:
+        roles = [message["role"] for message in row["prompt"] + row["completion"]]
+        if roles != list(scaffold.roles):
+            fail(f"row {row['id']} has the roles {roles}; this run's are {list(scaffold.roles)}.")
+        answer = encode_answer(tokenizer, scaffold, row["completion"][0]["content"])
+        room = rendering["max_length"] - len(answer)
+        prompt, cut = encode_prompt(tokenizer, scaffold, row["prompt"], row["text"], room)
+        num_cut += cut
+        labels = [-100] * len(prompt) + answer
+        examples.append({"input_ids": prompt + answer, "labels": labels})
+    return examples, num_cut
+
+
+# --- model -----------------------------------------------------------------------------------
+
+
+def open_base(args: argparse.Namespace, earlier: dict[str, Any] | None) -> Repo:
+    """The base model at one commit: for a resumed run the one it began with."""
+    revision = args.model_revision
+    if earlier and not is_folder(args.model_name_or_path):
+        revision = earlier["base_model"]["revision"]
+    suffix = f"@{revision}" if revision else ""
+    return open_repo(args.model_name_or_path + suffix, "model")
+
+
+def job_command(args: argparse.Namespace) -> str:
+    """The Job that runs this training on a GPU."""
+    return (
+        "hf jobs uv run --flavor a100-large train/train.py "
+        f"--model_name_or_path {args.model_name_or_path}"
+    )
+
+
+def build_contract(
+    args: argparse.Namespace,
+    data: Data,
+    base: Repo,
+    tokenizer: Any,
+    earlier: dict[str, Any] | None,
+) -> dict[str, Any]:
+    """contract.json of the adapter repo: what evaluation and merge must know."""
+    rendering: dict[str, Any] = {"max_length": args.max_length}
+    scaffold = None
+    if data.prompt:
+        date = earlier["rendering"]["date"] if earlier else datetime.now(UTC).date().isoformat()
+        roles = [message["role"] for message in data.train[0]["prompt"]]
+        scaffold = build_scaffold(tokenizer, roles, date, args.reasoning_effort)
+        template = tokenizer.chat_template
+        rendering |= {
+            "date": date,
+            "reasoning_effort": args.reasoning_effort,
+            "chat_template_sha256": template and hashlib.sha256(template.encode()).hexdigest(),
+            **asdict(scaffold),
+            "label_completions": label_completions(
+                tokenizer, scaffold, data.prompt["answer"], data.labels
+            ),
+        }
+    ids = probe_ids(tokenizer, scaffold, data.prompt)
+    if earlier:
+        check_probe(tokenizer, ids, earlier["rendering"]["probe_ids"], args.hub_model_id or "it")
+    inputs = [base] if data.source is None else [base, data.source]
+    return stage_record("adapter", SCRIPT, args, inputs) | {
+        "task": args.task,
+        "labels": data.labels,
+        "positive_label": data.positive_label,
+        "groups": data.groups,
+        "base_model": base.as_input(),
+        "dataset": data.record,
+        "prompt": data.prompt,
+        "rendering": rendering
+        | {"probe_ids": ids, "probe_sha256": hashlib.sha256(json.dumps(ids).encode()).hexdigest()},
+        "training": {
+            "state": "running",
+            "step": earlier["training"]["step"] if earlier else 0,
+            "epoch": earlier["training"]["epoch"] if earlier else 0.0,
+            "job_id": os.environ.get("JOB_ID"),
+            "wandb_run_id": (
+                earlier["training"]["wandb_run_id"] if earlier else os.urandom(4).hex()
+            ),
+        },
+    }
+
+
+def build_model(
+    args: argparse.Namespace, base: Repo, config: Any, contract: dict[str, Any], device: str
+) -> Any:
+    """The base model, in four bits where asked for."""
+    import torch
+    from transformers import BitsAndBytesConfig, set_seed
+
+    # A classifier's new head and the LoRA weights are drawn from here on.
+    set_seed(args.seed)
+    bf16 = device == "cuda" and torch.cuda.is_bf16_supported()
+    dtype = torch.bfloat16 if args.dtype == "bfloat16" else torch.float32
+    if args.dtype == "auto" and bf16:
+        dtype = torch.bfloat16
+    quantization = None
+    if args.load_in_4bit:
+        stored = (getattr(config, "quantization_config", None) or {}).get("quant_method")
+        if stored:
+            fail(
+                f"--load_in_4bit cannot quantise {base.name}: it is stored as {stored}. Leave the "
+                "flag out, or give a copy of the model in bfloat16."
+            )
+        quantization = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type=args.bnb_4bit_quant_type,
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype,
+        )
+    model = load_base(base, config, args.task, contract["labels"], dtype, device, quantization)
+    # Of a local base only its last part is recorded: the adapter is pushed to other machines.
+    model.name_or_path = base.as_input()["repo"]
+    return model
+
+
+def lora_config(args: argparse.Namespace, model: Any, base: Repo) -> Any:
+    """LoRA on the named modules; a model without any of them gets every linear layer."""
+    import peft
+
+    leaves = {name.rpartition(".")[2] for name, _ in model.named_modules()}
+    targets: Any = args.lora_target_modules
+    if targets != ["all-linear"] and not set(targets) & leaves:
+        print(f"the model has no modules {', '.join(targets)}: LoRA on all-linear", flush=True)
+        targets = ["all-linear"]
+    return peft.LoraConfig(
+        task_type="SEQ_CLS" if args.task == "classify" else "CAUSAL_LM",
+        r=args.lora_r,
+        lora_alpha=args.lora_alpha,
+        lora_dropout=args.lora_dropout,
+        target_modules="all-linear" if targets == ["all-linear"] else targets,
+        base_model_name_or_path=base.as_input()["repo"],
+        revision=base.revision,
+    )
+
+
+# --- training --------------------------------------------------------------------------------
+
+
+def trainer_options(args: argparse.Namespace, device: str, evaluates: bool, folder: Path) -> dict:
+    """Arguments of SFTConfig or TrainingArguments: ours, then the user's further fields."""
+    import torch
+
+    best = evaluates and args.early_stopping_patience > 0
+    options = {name: getattr(args, name) for name in TRAINER_FLAGS} | {
+        "output_dir": str(folder),
+        "save_strategy": "steps",
+        "eval_strategy": "steps" if evaluates else "no",
+        "eval_steps": args.save_steps,
+        "save_total_limit": args.keep_checkpoints,
+        "load_best_model_at_end": best,
+        "metric_for_best_model": "eval_loss" if best else None,
+        # Without this the patience counts from zero after each resume.
+        "restore_callback_states_from_checkpoint": True,
+        "use_cpu": device == "cpu",
+        "bf16": device == "cuda" and torch.cuda.is_bf16_supported(),
+        "activation_checkpointing": device == "cuda",
+        # A Job's log has no terminal to redraw a bar on.
+        "disable_tqdm": not sys.stderr.isatty(),
+    }
+    return options | args.trainer_fields
+
+
+def build_trainer(
+    args: argparse.Namespace,
+    store: Store,
+    model: Any,
+    base: Repo,
+    tokenizer: Any,
+    rows: tuple[list[dict[str, Any]], list[dict[str, Any]]],
+    device: str,
+) -> Any:
+    """TRL's SFTTrainer on token ids, or transformers' Trainer for a classifier, both with LoRA."""
+    import transformers
+    from datasets import Dataset
+
+    train, validation = (Dataset.from_list(split) if split else None for split in rows)
+    options = trainer_options(args, device, validation is not None, store.folder)
+    config = lora_config(args, model, base)
+    common = {"train_dataset": train, "eval_dataset": validation, "processing_class": tokenizer}
+    if args.task == "classify":
+        import peft
+
+        model.config.pad_token_id = tokenizer.pad_token_id
+        if args.load_in_4bit:
+            model = peft.prepare_model_for_kbit_training(model)
+        trainer = transformers.Trainer(
+            peft.get_peft_model(model, config),
+            args=transformers.TrainingArguments(**options),
+            data_collator=transformers.DataCollatorWithPadding(tokenizer),
+            **common,
+        )
+    else:
+        import trl
+
+        sft = trl.SFTConfig(max_length=args.max_length, **options)
+        trainer = trl.SFTTrainer(model, args=sft, peft_config=config, **common)
+    # TRL makes the LoRA weights of a quantised model bfloat16, but a resume loads them as
+    # float32: only float32 from the start continues as the same run.
+    for weight in trainer.model.parameters():
+        if weight.requires_grad:
+            weight.data = weight.data.float()
+    if options["load_best_model_at_end"]:
+        trainer.add_callback(
+            transformers.EarlyStoppingCallback(
+                args.early_stopping_patience, args.early_stopping_threshold
+            )
+        )
+    return trainer
+
+
+def add_push_callback(trainer: Any, store: Store, contract: dict[str, Any], keep: int) -> None:
+    """Push every checkpoint as soon as it is saved, before the next step."""
+    from transformers import TrainerCallback
+
+    class PushCheckpoint(TrainerCallback):
+        def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            if state.is_world_process_zero:
+                push_checkpoint(store, contract, state, keep)
+
+    trainer.add_callback(PushCheckpoint())
+
+
+def push_checkpoint(store: Store, contract: dict[str, Any], state: Any, keep: int) -> None:
+    """One commit: checkpoint-N/, the contract at this step, and the removal of older checkpoints.
+
+    A failed push is printed and the training goes on; the next checkpoint is pushed whole.
+    """
+    from httpx2 import HTTPError
+
+    name = f"checkpoint-{state.global_step}"
+    best = Path(state.best_model_checkpoint or "").name
+    file = store.folder / name / "trainer_state.json"
+    saved = json.loads(file.read_text(encoding="utf-8"))
+    write_json(file, saved | {"best_model_checkpoint": best or None})
+    contract["training"] |= {"step": state.global_step, "epoch": round(state.epoch, 4)}
+    write_json(store.folder / CONTRACT, contract)
+    if store.repo is None:
+        return
+    files = [path.name for path in (store.folder / name).iterdir() if path.name not in UNPUSHED]
+    try:
+        older = [step for step in store.checkpoints() if step != state.global_step]
+        stale = [f"checkpoint-{step}" for step in older[keep - 1 :]]
+        commit_hash = store.push(
+            [CONTRACT, *(f"{name}/{file}" for file in sorted(files))],
+            f"Save {name}",
+            delete=[checkpoint for checkpoint in stale if checkpoint != best],
+        )
+        print(f"{name} is on the Hub: {store.repo}@{commit_hash[:8]}", flush=True)
+    except (HTTPError, OSError) as error:
+        print(f"{name} is NOT on the Hub: {error}", flush=True)
+
+
+def start_wandb(args: argparse.Namespace, contract: dict[str, Any]) -> None:
+    """Let a resumed run continue its W&B run; without a key W&B writes offline."""
+    if "wandb" not in args.report_to:
+        return
+    os.environ.setdefault("WANDB_PROJECT", "hate-speech-detector")
+    os.environ.setdefault("WANDB_RUN_ID", contract["training"]["wandb_run_id"])
+    os.environ.setdefault("WANDB_RESUME", "allow")
+    if not os.environ.get("WANDB_API_KEY"):
+        os.environ.setdefault("WANDB_MODE", "offline")
+
+
+def finish(store: Store, trainer: Any, tokenizer: Any, contract: dict[str, Any]) -> None:
+    """Push adapter, tokenizer, contract and card to the root in one commit; say where."""
+    trainer.save_model(str(store.folder))
+    tokenizer.save_pretrained(store.folder)
+    state = trainer.state
+    contract["training"] |= {
+        "state": "complete",
+        "step": state.global_step,
+        "epoch": round(state.epoch, 4),
+        "best_metric": state.best_metric,
+    }
+    write_json(store.folder / CONTRACT, contract)
+    (store.folder / "README.md").write_text(model_card(store, contract), encoding="utf-8")
+    names = [path.name for path in store.folder.iterdir() if path.is_file()]
+    with hub_errors(f"push the adapter to {store.name}; it is still in {store.folder}"):
+        commit_hash = store.push(
+            sorted(set(names) - {"training_args.bin"}), f"Finish at step {state.global_step}"
+        )
+    where = f"{store.repo}@{commit_hash[:8]}" if store.repo else str(store.folder)
+    adapter = store.repo or store.folder.resolve()
+    print(f"adapter: {where} (step {state.global_step}, epoch {state.epoch:.2f})", flush=True)
+    print(f"next: uv run eval/eval.py --adapter {adapter}", flush=True)
+
+
+def model_card(store: Store, contract: dict[str, Any]) -> str:
+    """README.md of the adapter repo."""
+    base, data = contract["base_model"]["repo"], contract["dataset"]
+    metadata = {"library_name": "peft", "tags": ["hate-speech-detection", "lora"]}
+    if contract["base_model"]["revision"]:
+        metadata["base_model"] = base
+    front = "\n".join(f"{key}: {json.dumps(value)}" for key, value in metadata.items())
+    source = data.get("file") or f"{data['repo']} at {data['revision'] or 'a local folder'}"
+    training = contract["training"]
+    return f"""---
+{front}
+---
+# Hate-speech detector: LoRA adapter for {base}
+
+A research detector for English posts with the labels {", ".join(contract["labels"])}. It makes
+errors, and not the same ones for every group; it is not for unattended removal of posts.
+
+* Task: {contract["task"]}; prompt: {(contract["prompt"] or {}).get("name", "none")}
+* Data: {source}
+* Groups the evaluation reports on: {", ".join(contract["groups"]) or "none"}
+* Trained for {training["step"]} steps ({training["epoch"]} epochs)
+
+`contract.json` holds every argument, the commits of base model and data, and the rendered prompt.
+
+    uv run eval/eval.py --adapter {store.repo or "./" + store.folder.name}
+"""
+
+
+# --- shared: the same text in every script that has it ---------------------------------------
+
+
+def fail(message: str, code: int = 2) -> NoReturn:
+    """End with one message that says what is wrong, what there is and what to do.
+
+    Exit codes: 1 the Hub or the run failed, 2 arguments, config or data that the user must change.
+    """
+    print(f"error: {message}", file=sys.stderr, flush=True)
+    raise SystemExit(code)
+
+
+def quiet_libraries() -> None:
+    """Keep a Job's log to the lines that say something; called before any library is imported."""
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_DISABLE", "1")
+    # The pins make deprecations a matter of the next upgrade, not of this run.
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse without abbreviations and usage dump: an error is one line and exit 2."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(
+            allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **options
+        )
+
+    def format_help(self) -> str:
+        """Say each flag's default where its help does not."""
+        for action in self._actions:
+            if action.default not in (None, False, argparse.SUPPRESS):
+                value = action.default
+                shown = " ".join(value) if isinstance(value, list) else value
+                action.help = (
+                    f"{action.help}; default {shown}" if action.help else f"default {shown}"
+                )
+                action.default = argparse.SUPPRESS
+        return super().format_help()
+
+    def error(self, message: str) -> NoReturn:
+        fail(f"{message}. See --help.")
+
+
+def boolean(text: str) -> bool:
+    """Read 1/0/true/false, the form that flags, variables and config files share."""
+    values = {"1": True, "true": True, "0": False, "false": False}
+    if text.lower() not in values:
+        raise argparse.ArgumentTypeError(f"{text!r} is not 1, 0, true or false")
+    return values[text.lower()]
+
+
+def flag_names(tokens: list[str], aliases: dict[str, str]) -> list[str]:
+    """Write flags with underscores and by their present names; an empty value unsets its flag."""
+    named: list[str] = []
+    for token in tokens:
+        if token.startswith("--") and len(token) > 2:
+            flag, equals, value = token.partition("=")
+            name = flag[2:].replace("-", "_")
+            if name in aliases:
+                print(f"--{name} is now --{aliases[name]}", flush=True)
+            token = f"--{aliases.get(name, name)}{equals}{value}"
+            if equals and not value:
+                continue
+        elif token == "" and named and named[-1].startswith("--"):
+            named.pop()
+            continue
+        named.append(token)
+    return named
+
+
+def settings_as_flags(settings: dict[str, Any]) -> list[str]:
+    """Turn a config file's or a preset's entries into flags, so that one parser checks them all."""
+    flags: list[str] = []
+    for name, value in settings.items():
+        if value is None or value == "" or name.startswith("_"):
+            continue
+        if isinstance(value, list):
+            flags += [f"--{name}", *map(str, value)]
+        elif isinstance(value, dict):
+            flags.append(f"--{name}={json.dumps(value)}")
+        else:
+            flags.append(f"--{name}={value}")
+    return flags
+
+
+def parse_layer(
+    parser: Parser, tokens: list[str], aliases: dict[str, str], origin: str
+) -> dict[str, Any]:
+    """Return only what these tokens set; an unknown flag ends the run and names the nearest one."""
+    unset = object()
+    actions = [action for action in parser._actions if action.dest != "help"]
+    blank = argparse.Namespace(**{action.dest: unset for action in actions})
+    known, unknown = parser.parse_known_args(flag_names(tokens, aliases), blank)
+    if unknown:
+        name = unknown[0].partition("=")[0]
+        flags = [option for action in actions for option in action.option_strings]
+        near = difflib.get_close_matches(name, flags, n=1, cutoff=0.5)
+        hint = f"Did you mean {near[0]}?" if near else "See --help for the flags there are."
+        fail(f"unknown argument {name} ({origin}). {hint}")
+    return {name: value for name, value in vars(known).items() if value is not unset}
+
+
+def read_settings(path: str) -> dict[str, Any]:
+    """Read a JSON or YAML file of flags."""
+    file = Path(path).expanduser()
+    if not file.is_file():
+        fail(f"--config_file {path} is not a file. Give a JSON or YAML file of flags.")
+    import yaml
+
+    try:
+        settings = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        fail(f"--config_file {path} is neither JSON nor YAML: {error}")
+    if not isinstance(settings, dict):
+        fail(f"--config_file {path} holds no mapping of flags to values.")
+    return settings
+
+
+def resolve_arguments(
+    parser: Parser,
+    argv: list[str] | None = None,
+    presets: dict[str, dict[str, Any]] | None = None,
+    aliases: dict[str, str] | None = None,
+) -> argparse.Namespace:
+    """Merge flag > environment > --config_file > --preset > default; print what is no default."""
+    aliases = aliases or {}
+    documented = [action for action in parser._actions if action.help != argparse.SUPPRESS]
+    environment: dict[str, str] = {}
+    for action in documented:
+        name = action.dest.upper()
+        for variable in (f"HSD_{name}", *([name] if name in PLAIN_VARIABLES else [])):
+            if os.environ.get(variable) and variable not in ("HSD_HELP",):
+                environment.setdefault(action.dest, os.environ[variable])
+    layers = [
+        (
+            "environment",
+            parse_layer(parser, settings_as_flags(environment), aliases, "environment"),
+        ),
+        (
+            "command line",
+            parse_layer(parser, sys.argv[1:] if argv is None else argv, aliases, "command line"),
+        ),
+    ]
+    chosen = {name: value for _, layer in layers for name, value in layer.items()}
+    if chosen.get("config_file"):
+        settings = settings_as_flags(read_settings(chosen["config_file"]))
+        layers.insert(0, ("config file", parse_layer(parser, settings, aliases, "config file")))
+        chosen = layers[0][1] | chosen
+    if chosen.get("preset"):
+        if chosen["preset"] not in (presets or {}):
+            fail(f"unknown preset {chosen['preset']!r}. There are: {', '.join(presets or {})}.")
+        settings = settings_as_flags((presets or {})[chosen["preset"]])
+        origin = f"preset {chosen['preset']}"
+        layers.insert(0, (origin, parse_layer(parser, settings, aliases, origin)))
+    return merge_layers(parser, layers)
+
+
+def merge_layers(parser: Parser, layers: list[tuple[str, dict[str, Any]]]) -> argparse.Namespace:
+    """Lay the later over the earlier and print every value that is not the default."""
+    arguments = {
+        action.dest: action.default
+        for action in parser._actions
+        if action.dest != "help" and action.default is not argparse.SUPPRESS
+    }
+    origins: dict[str, str] = {}
+    for origin, layer in layers:
+        for name, value in layer.items():
+            arguments[name] = list_of_words(value) if isinstance(value, list) else value
+            origins[name] = origin
+    for name, origin in origins.items():
+        if arguments[name] != parser.get_default(name):
+            print(f"{name} = {arguments[name]} ({origin})", flush=True)
+    return argparse.Namespace(**arguments)
+
+
+def list_of_words(values: list[Any]) -> list[Any]:
+    """Split list values at commas and spaces: `q_proj,v_proj` is `q_proj v_proj`."""
+    words: list[Any] = []
+    for value in values:
+        words += re.split(r"[,\s]+", value.strip(", ")) if isinstance(value, str) else [value]
+    return words
+
+
+@dataclass(frozen=True)
+class Repo:
+    """A Hub repo at one commit, or a local folder of the same layout (`revision` is then None)."""
+
+    name: str
+    kind: str
+    revision: str | None
+    folder: Path | None = None
+
+    def fetch(self, *patterns: str) -> Path:
+        """Return a folder that holds the files matching the patterns."""
+        if self.folder:
+            return self.folder
+        from huggingface_hub import snapshot_download
+
+        with hub_errors(f"download {', '.join(patterns)} of {self.name}"):
+            return Path(
+                snapshot_download(
+                    self.name,
+                    repo_type=self.kind,
+                    revision=self.revision,
+                    allow_patterns=list(patterns),
+                )
+            )
+
+    def as_input(self) -> dict[str, str | None]:
+        """The contract's record of this repo; of a folder it names only the last part."""
+        return {
+            "repo": self.folder.name if self.folder else self.name,
+            "kind": self.kind,
+            "revision": self.revision,
+        }
+
+
+def is_folder(argument: str) -> bool:
+    """Say whether a repo argument means a local folder: ids never begin with ./, ../, ~ or /."""
+    return argument in (".", "..") or argument.startswith(("./", "../", "~", "/"))
+
+
+def open_repo(argument: str, kind: str) -> Repo:
+    """Resolve `user/name[@revision]` to its commit hash, or a folder to its path."""
+    if is_folder(argument):
+        folder = Path(argument).expanduser().resolve()
+        if not folder.is_dir():
+            fail(f"the folder {argument} does not exist. Give a folder or a Hub id (user/name).")
+        return Repo(argument, kind, None, folder)
+    name, _, revision = argument.partition("@")
+    from huggingface_hub import HfApi
+
+    with hub_errors(f"open the {kind} repo {argument}"):
+        info = HfApi().repo_info(name, repo_type=kind, revision=revision or None)
+    return Repo(name, kind, info.sha)
+
+
+@contextlib.contextmanager
+def hub_errors(action: str) -> Iterator[None]:
+    """Turn the Hub client's errors into one message: exit 2 where the user can mend it, else 1."""
+    from httpx2 import HTTPError
+    from huggingface_hub import errors
+
+    try:
+        yield
+    except errors.LocalTokenNotFoundError:
+        fail(f"cannot {action}: there is no Hub token. Set HF_TOKEN or run `hf auth login`.")
+    except errors.GatedRepoError as error:
+        fail(f"cannot {action}: it is gated. Accept its terms on its page. ({error})")
+    except errors.RepositoryNotFoundError:
+        fail(
+            f"cannot {action}: no such repo, or it is private and this token may not see it. "
+            "Check the id (user/name) and HF_TOKEN."
+        )
+    except errors.RevisionNotFoundError:
+        fail(f"cannot {action}: the repo has no such revision. Give a branch, tag or commit hash.")
+    except (errors.EntryNotFoundError, errors.HFValidationError) as error:
+        fail(f"cannot {action}: {error}")
+    except errors.HfHubHTTPError as error:
+        status = error.response.status_code
+        if status == 401:
+            fail(f"cannot {action}: the Hub does not accept this token. Run `hf auth login` again.")
+        if status == 403:
+            fail(
+                f"cannot {action}: this token may not. It needs write access to the repo's "
+                "namespace: make one of role `write` in the Hub's settings."
+            )
+        fail(f"cannot {action}: the Hub answered {status}. {error}", code=1)
+    except (HTTPError, OSError) as error:
+        fail(f"cannot {action}: {type(error).__name__}: {error}", code=1)
+
+
+def own_namespace() -> str:
+    """Return the user name of the token: the namespace of repos that no flag names."""
+    from huggingface_hub import HfApi
+
+    with hub_errors("ask the Hub who you are"):
+        return HfApi().whoami()["name"]
+
+
+def prepare_repo(name: str, kind: str, allow_public: bool) -> None:
+    """Create the repo, private, where it is missing, and prove that this token may write to it.
+
+    The proof asks where an upload would go and leaves nothing behind, so a run that ends later on
+    bad data has changed nothing. An existing public repo is refused unless `allow_public`.
+    """
+    from huggingface_hub import CommitOperationAdd, HfApi
+
+    api = HfApi()
+    with hub_errors(f"write to the {kind} repo {name}"):
+        api.create_repo(name, repo_type=kind, private=True, exist_ok=True)
+        if not api.repo_info(name, repo_type=kind).private and not allow_public:
+            fail(
+                f"the {kind} repo {name} is public. Make it private, name another one, "
+                "or say --allow_public true."
+            )
+        probe = CommitOperationAdd(path_in_repo=CONTRACT, path_or_fileobj=b"{}")
+        api.preupload_lfs_files(name, [probe], repo_type=kind)
+
+
+def commit(name: str, kind: str, operations: list[Any], message: str) -> str:
+    """Commit all operations at once and return the commit's hash.
+
+    A failed commit is tried five times with growing pauses, honouring Retry-After; then the last
+    error is raised. The token in the description recognises a commit that was made although its
+    answer was lost.
+    """
+    from httpx2 import HTTPError
+    from huggingface_hub import HfApi, errors
+
+    api, token = HfApi(), os.urandom(8).hex()
+    for attempt in range(5):
+        try:
+            newest = api.list_repo_commits(name, repo_type=kind)[0] if attempt else None
+            if newest and token in newest.message:
+                return newest.commit_id
+            return api.create_commit(
+                name, operations, repo_type=kind, commit_message=message, commit_description=token
+            ).oid
+        except (HTTPError, OSError) as error:
+            response = error.response if isinstance(error, errors.HfHubHTTPError) else None
+            final = response is not None and response.status_code not in (429, 500, 502, 503, 504)
+            if final or attempt == 4:
+                raise
+            retry_after = response.headers.get("Retry-After", "0") if response is not None else "0"
+            pause = max(2**attempt, int(retry_after) if retry_after.isdigit() else 0)
+            print(f"the commit to {name} failed ({error}); next try in {pause} s", flush=True)
+            time.sleep(pause)
+    raise AssertionError("the loop returns or raises")
+
+
+def stage_record(
+    stage: str, script: str, arguments: argparse.Namespace, inputs: list[Repo]
+) -> dict[str, Any]:
+    """The part of contract.json that every stage writes: who made this, from what, with what."""
+    source = Path(__file__).read_text(encoding="utf-8")
+    packages = {}
+    for package in re.findall(r'(?m)^#\s+"([\w.-]+)==', source):
+        with contextlib.suppress(PackageNotFoundError):
+            packages[package] = version(package)
+    return {
+        "schema": SCHEMA,
+        "stage": stage,
+        "script": script,
+        "script_sha256": hashlib.sha256(source.encode()).hexdigest(),
+        # A local path says something about the machine; its last part is all a reader needs.
+        "arguments": {
+            name: Path(value).name if isinstance(value, str) and is_folder(value) else value
+            for name, value in vars(arguments).items()
+        },
+        "inputs": [repo.as_input() for repo in inputs],
+        "packages": packages,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+def read_contract(repo: Repo, stage: str) -> dict[str, Any]:
+    """Read contract.json and refuse one of another schema or another stage."""
+    file = repo.fetch(CONTRACT) / CONTRACT
+    if not file.is_file():
+        fail(
+            f"{repo.name} holds no {CONTRACT}: it was not written by this project's {stage} stage."
+        )
+    try:
+        contract = json.loads(file.read_text(encoding="utf-8"))
+        schema, found = contract["schema"], contract["stage"]
+    except (ValueError, KeyError, TypeError) as error:
+        fail(f"{CONTRACT} of {repo.name} is damaged ({error}). Run its stage again.")
+    if schema != SCHEMA:
+        fail(f"{repo.name} has a contract of schema {schema}; this script reads {SCHEMA}.")
+    if found != stage:
+        fail(f"{repo.name} was written by the stage {found!r}; give a repo of the stage {stage!r}.")
+    return contract
+
+
+def write_json(file: Path, content: Any) -> None:
+    """Write strict JSON (no NaN) that a person can read."""
+    text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False)
+    file.write_text(text + "\n", encoding="utf-8")
+
+
+def read_rows(repo: Repo, config: str, split: str) -> list[dict[str, Any]]:
+    """Load one split of a dataset repo as rows with `id`, `text`, `label` (name), `target_groups`.
+
+    A row of an SFT config also has `prompt` and `completion`, both lists of messages.
+    """
+    from datasets import ClassLabel, get_dataset_config_names, get_dataset_split_names, load_dataset
+
+    place = str(repo.folder) if repo.folder else repo.name
+    with hub_errors(f"read {config}/{split} of {repo.name}"):
+        configs = get_dataset_config_names(place, revision=repo.revision)
+        if config not in configs:
+            fail(f"{repo.name} has no config {config!r}. There are: {', '.join(configs)}.")
+        splits = get_dataset_split_names(place, config, revision=repo.revision)
+        if split not in splits:
+            fail(f"{repo.name} has no split {split!r} in {config}. There are: {', '.join(splits)}.")
+        data = load_dataset(place, config, split=split, revision=repo.revision)
+    missing = {"id", "text", "label", "target_groups"} - set(data.column_names)
+    if missing:
+        fail(
+            f"{repo.name} ({config}/{split}) lacks the columns {', '.join(sorted(missing))}. "
+            f"It has: {', '.join(data.column_names)}."
+        )
+    if not len(data):
+        fail(f"{repo.name} ({config}/{split}) is empty.")
+    feature = data.features["label"]
+    rows = data.to_list()
+    if isinstance(feature, ClassLabel):
+        for row in rows:
+            row["label"] = feature.int2str(row["label"])
+    return rows
+
+
+def read_jsonl(path: str, labels: list[str]) -> list[dict[str, Any]]:
+    """Read a local JSONL file of posts (`text`, `label`, optional `id`, `target_groups`).
+
+    A label is a name of `labels` or its index. Rows with `messages` are returned as they stand.
+    """
+    file = Path(path).expanduser()
+    if not file.is_file():
+        fail(f"the file {path} does not exist.")
+    rows = []
+    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            fail(f"{path} line {number} is not JSON: {error}")
+        if not isinstance(row, dict) or not ("messages" in row or {"text", "label"} <= set(row)):
+            fail(f"{path} line {number} needs `text` and `label`, or `messages`.")
+        if "messages" not in row:
+            names = {str(index): name for index, name in enumerate(labels)}
+            row["label"] = names.get(str(row["label"]), row["label"])
+        row.setdefault("id", f"{file.stem}-{number}")
+        row.setdefault("target_groups", [])
+        rows.append(row)
+    if not rows:
+        fail(f"{path} is empty.")
+    return rows
+
+
+def check_labels(rows: list[dict[str, Any]], labels: list[str], origin: str) -> None:
+    """End on a label that the contract does not name."""
+    unknown = sorted({str(row["label"]) for row in rows if row.get("label") not in labels})
+    if unknown:
+        fail(f"{origin} has unknown labels {unknown[:5]}. The labels are: {', '.join(labels)}.")
+
+
+@dataclass(frozen=True)
+class Scaffold:
+    """The text that a chat template puts around the messages, rendered once per run.
+
+    `pieces` are the literal texts before, between and after the contents of `roles`; the last
+    role is the assistant, whose content is the answer. Contents never pass through the template,
+    so a post can neither change it nor be changed by it.
+    """
+
+    roles: tuple[str, ...]
+    pieces: tuple[str, ...]
+    answer_prefix: str = ""
+
+
+def pinned_template(template: str, date: str) -> str:
+    """Replace a template's clock by a date (YYYY-MM-DD): else prompts change at midnight."""
+    day = datetime.fromisoformat(date)
+
+    def literal(call: re.Match[str]) -> str:
+        return json.dumps(day.strftime(call["format"]))
+
+    return re.sub(r"strftime_now\(\s*(['\"])(?P<format>.*?)\1\s*\)", literal, template)
+
+
+def build_scaffold(tokenizer: Any, roles: list[str], date: str, effort: str) -> Scaffold:
+    """Render the chat template once with markers for the contents of `roles` plus the answer.
+
+    A template that refuses a system role gets its text at the head of the user's. Without a
+    template: contents joined by blank lines, the answer after a space, closed by the end token.
+    """
+    roles = [*roles, "assistant"]
+    if not tokenizer.chat_template:
+        between = ["\n\n"] * (len(roles) - 2)
+        return Scaffold(tuple(roles), ("", *between, "", tokenizer.eos_token or ""), " ")
+    marks = [f"[[content-{index}]]" for index in range(len(roles))]
+    messages = [{"role": role, "content": mark} for role, mark in zip(roles, marks, strict=True)]
+    template = pinned_template(tokenizer.chat_template, date)
+    from jinja2 import TemplateError
+
+    def render(conversation: list[dict[str, str]]) -> str:
+        return tokenizer.apply_chat_template(
+            conversation, chat_template=template, tokenize=False, reasoning_effort=effort
+        )
+
+    try:
+        text = render(messages)
+    except TemplateError:
+        joined = "\n\n".join(marks[:-1])
+        text = render([{"role": "user", "content": joined}, messages[-1]])
+    pieces = []
+    for mark in marks:
+        piece, found, text = text.partition(mark)
+        if not found:
+            fail("the chat template drops or reorders messages; give a model with a usable one.")
+        pieces.append(piece)
+    # Whatever follows the end-of-turn token is the template's spacing before a next turn.
+    return Scaffold(tuple(roles), (*pieces, text.rstrip()))
+
+
+def encode_prompt(
+    tokenizer: Any, scaffold: Scaffold, messages: list[dict[str, str]], post: str, room: int
+) -> tuple[list[int], bool]:
+    """Token ids of the prompt up to where the answer begins, and whether the post was cut.
+
+    At most `room` ids: an over-long post is cut at its end, the template never. Control tokens
+    that stand in a message are encoded as plain text.
+    """
+    contents = [message["content"] for message in messages]
+    ids = encode_contents(tokenizer, scaffold, contents)
+    if len(ids) <= room:
+        return ids, False
+    place = max(range(len(contents)), key=lambda index: post in contents[index])
+    head, found, tail = contents[place].rpartition(post)
+    keep = len(post)
+    while found and keep and len(ids) > room:
+        # An excess of n ids is at least n characters in byte-level vocabularies' usual text;
+        # the loop makes up for posts where it is less.
+        keep = max(0, keep - max(1, (len(ids) - room)))
+        contents[place] = head + post[:keep] + tail
+        ids = encode_contents(tokenizer, scaffold, contents)
+    if len(ids) > room:
+        fail(f"the prompt without its post has {len(ids)} tokens; raise --max_length.")
+    return ids, True
+
+
+def encode_contents(tokenizer: Any, scaffold: Scaffold, contents: list[str]) -> list[int]:
+    """Token ids of the scaffold filled with the prompt's contents."""
+    # A template writes its own start token; without one the tokenizer's own is due.
+    ids = [] if tokenizer.chat_template else list(tokenizer("")["input_ids"])
+    special = [str(token) for token in tokenizer.all_special_tokens]
+    if any(token in content for content in contents for token in special):
+        for piece, content in zip(scaffold.pieces, contents, strict=False):
+            ids += tokenizer(piece, add_special_tokens=False)["input_ids"]
+            ids += tokenizer(content, add_special_tokens=False, split_special_tokens=True)[
+                "input_ids"
+            ]
+        return (
+            ids + tokenizer(scaffold.pieces[len(contents)], add_special_tokens=False)["input_ids"]
+        )
+    filled = "".join(
+        piece + content for piece, content in zip(scaffold.pieces, contents, strict=False)
+    )
+    filled += scaffold.pieces[len(contents)]
+    return ids + tokenizer(filled, add_special_tokens=False)["input_ids"]
+
+
+def encode_answer(tokenizer: Any, scaffold: Scaffold, answer: str) -> list[int]:
+    """Token ids of an answer with its end-of-turn token: what is trained on."""
+    text = scaffold.answer_prefix + answer
+    ids = tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    return ids + tokenizer(scaffold.pieces[-1], add_special_tokens=False)["input_ids"]
+
+
+def label_completions(
+    tokenizer: Any, scaffold: Scaffold, answer: str, labels: list[str]
+) -> dict[str, list[int]]:
+    """Token ids that stand for each label: the answer up to the label's end.
+
+    Where nothing follows the label in the answer template the end-of-turn token belongs to it,
+    so that no label is the beginning of another.
+    """
+    head, _, tail = answer.partition("{label}")
+    completions = {}
+    for label in labels:
+        if tail:
+            text = scaffold.answer_prefix + head + label
+            ids = tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        else:
+            ids = encode_answer(tokenizer, scaffold, head + label)
+        completions[label] = ids
+    for label, ids in completions.items():
+        for other, longer in completions.items():
+            if other != label and longer[: len(ids)] == ids:
+                fail(f"the label {label!r} is the beginning of {other!r} for this tokenizer.")
+    return completions
+
+
+def prompt_messages(strategy: dict[str, str], text: str) -> list[dict[str, str]]:
+    """The messages that ask about one post: the strategy's system and user templates, filled."""
+    messages = [{"role": "user", "content": strategy["user"].replace("{text}", text)}]
+    if strategy.get("system"):
+        messages.insert(0, {"role": "system", "content": strategy["system"]})
+    return messages
+
+
+def encode_post(tokenizer: Any, text: str, max_length: int) -> tuple[list[int], bool]:
+    """Token ids of a post for a sequence classifier, and whether it was cut to `max_length`."""
+    ids = tokenizer(text, split_special_tokens=True)["input_ids"]
+    if len(ids) <= max_length:
+        return ids, False
+    cut = tokenizer(text, split_special_tokens=True, truncation=True, max_length=max_length)
+    return cut["input_ids"], True
+
+
+def common_prefix(rows: list[list[int]]) -> list[int]:
+    """The longest list that every row begins with."""
+    shared: list[int] = []
+    for column in zip(*rows, strict=False):
+        if len(set(column)) > 1:
+            break
+        shared.append(column[0])
+    return shared
+
+
+def probe_ids(
+    tokenizer: Any, scaffold: Scaffold | None, prompt: dict[str, str] | None
+) -> list[int]:
+    """Token ids of a fixed post as a model of this run sees it (without prompt: a classifier)."""
+    if scaffold is None or prompt is None:
+        return encode_post(tokenizer, PROBE_POST, 512)[0]
+    contents = [message["content"] for message in prompt_messages(prompt, PROBE_POST)]
+    return encode_contents(tokenizer, scaffold, contents)
+
+
+def check_probe(tokenizer: Any, found: list[int], expected: list[int], origin: str) -> None:
+    """End where the prompt is not, token for token, the one the adapter was trained on."""
+    if found == expected:
+        return
+    place = len(common_prefix([found, expected]))
+    was, now = (tokenizer.decode(ids[place : place + 1]) for ids in (expected, found))
+    fail(
+        f"{origin} was trained on another prompt than this tokenizer and template give: token "
+        f"{place} was {was!r} and is {now!r}. Use the base model and revision of its contract."
+    )
+
+
+def check_device(parameters: int, allow_cpu: bool, job_command: str) -> str:
+    """Return the device to run on, "cuda" or "cpu", before any weight is downloaded.
+
+    Ends on an NVIDIA device that torch cannot use, and on a model of more than 2B parameters
+    without a GPU: on a CPU it would take hours where a Job takes minutes.
+    """
+    import torch
+
+    if torch.cuda.is_available():
+        return "cuda"
+    if NVIDIA_DRIVER.is_file() and not allow_cpu:
+        driver = re.search(r"\d+\.\d[\d.]*", NVIDIA_DRIVER.read_text(encoding="utf-8"))
+        built = f"for CUDA {torch.version.cuda}" if torch.version.cuda else "without CUDA"
+        fail(
+            f"this machine has an NVIDIA driver ({driver[0] if driver else 'unknown version'}) but "
+            f"torch {torch.__version__}, built {built}, cannot use the device. Update the driver "
+            "or install the torch build that fits it; --allow_cpu true runs on the CPU."
+        )
+    if parameters > 2e9 and not allow_cpu:
+        fail(
+            f"the model has {parameters / 1e9:.1f}B parameters and there is no GPU. Run it as a "
+            f"Job: {job_command}  (--allow_cpu true runs it here all the same.)"
+        )
+    return "cpu"
+
+
+def count_parameters(config: Any) -> int:
+    """Number of parameters of the model's body, from its config alone: nothing is downloaded."""
+    import torch
+    from transformers import AutoModel
+
+    with torch.device("meta"):
+        return sum(weight.numel() for weight in AutoModel.from_config(config).parameters())
+
+
+def read_base_config(base: Repo) -> Any:
+    """Load a base model's config; no code of a repo is ever executed."""
+    from transformers import AutoConfig
+
+    place = str(base.folder) if base.folder else base.name
+    with hub_errors(f"read the config of {base.name}"):
+        try:
+            return AutoConfig.from_pretrained(place, revision=base.revision)
+        except ValueError as error:
+            fail(f"{base.name} is no model that transformers can load: {error}")
+
+
+def load_tokenizer(repo: Repo) -> Any:
+    """Load a tokenizer; one without a pad token pads with its end token."""
+    from transformers import AutoTokenizer
+
+    place = str(repo.folder) if repo.folder else repo.name
+    with hub_errors(f"read the tokenizer of {repo.name}"):
+        tokenizer = AutoTokenizer.from_pretrained(place, revision=repo.revision)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_base(
+    base: Repo,
+    config: Any,
+    task: str,
+    labels: list[str],
+    dtype: Any,
+    device: str,
+    quantization: Any = None,
+) -> Any:
+    """Load the base model for `causal` or `classify` (a new head with one output per label).
+
+    MXFP4 (gpt-oss) and FP8 (Ministral) checkpoints are dequantised, because neither can be
+    trained or merged as stored.
+    """
+    import transformers
+
+    stored = (getattr(config, "quantization_config", None) or {}).get("quant_method")
+    if quantization is None and stored == "mxfp4":
+        quantization = transformers.Mxfp4Config(dequantize=True)
+    if quantization is None and stored == "fp8":
+        quantization = transformers.FineGrainedFP8Config(dequantize=True)
+    # Safetensors only: a .bin file is a pickle, which can run a stranger's code.
+    options: dict[str, Any] = {
+        "revision": base.revision,
+        "dtype": dtype,
+        "use_safetensors": True,
+    }
+    if quantization is not None:
+        options["quantization_config"] = quantization
+    if device == "cuda":
+        options["device_map"] = {"": int(os.environ.get("LOCAL_RANK", 0))}
+    if task == "classify":
+        kind = transformers.AutoModelForSequenceClassification
+        options["num_labels"] = len(labels)
+        options["id2label"] = dict(enumerate(labels))
+        options["label2id"] = {label: index for index, label in enumerate(labels)}
+    elif config.model_type == "mistral3":
+        kind = transformers.AutoModelForImageTextToText
+    else:
+        kind = transformers.AutoModelForCausalLM
+    place = str(base.folder) if base.folder else base.name
+    with hub_errors(f"load the base model {base.name}"):
+        model = kind.from_pretrained(place, **options)
+    return model
+
+
+if __name__ == "__main__":
+    main()
