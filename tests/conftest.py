@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+import os
+import tempfile
 from collections.abc import Iterator
 
 import pytest
 from hub import Hub
+
+# huggingface_hub reads these when it is imported: no test touches the cache or token of its user.
+os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="hf-home-")
+os.environ.update(HF_HUB_DISABLE_TELEMETRY="1", HF_HUB_DISABLE_PROGRESS_BARS="1")
+for name in ("HF_TOKEN", "HF_ENDPOINT"):
+    os.environ.pop(name, None)
 
 
 @pytest.fixture(scope="session")
