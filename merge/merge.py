@@ -623,7 +623,8 @@ def commit(name: str, kind: str, operations: list[Any], message: str) -> str:
                 raise
             retry_after = response.headers.get("Retry-After", "0") if response is not None else "0"
             pause = max(2**attempt, int(retry_after) if retry_after.isdigit() else 0)
-            print(f"the commit to {name} failed ({error}); next try in {pause} s", flush=True)
+            reason = f"{type(error).__name__}: {error}".splitlines()[0]
+            print(f"the commit to {name} failed ({reason}); next try in {pause} s", flush=True)
             time.sleep(pause)
     raise AssertionError("the loop returns or raises")
 
@@ -743,7 +744,8 @@ def encode_contents(tokenizer: Any, scaffold: Scaffold, contents: list[str]) -> 
     """Token ids of the scaffold filled with the prompt's contents."""
     # A template writes its own start token; without one the tokenizer's own is due.
     ids = [] if tokenizer.chat_template else list(tokenizer("")["input_ids"])
-    special = [str(token) for token in tokenizer.all_special_tokens]
+    # Not all_special_tokens: that lacks most control tokens of Llama 3 and gpt-oss.
+    special = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
     if any(token in content for content in contents for token in special):
         for piece, content in zip(scaffold.pieces, contents, strict=False):
             ids += tokenizer(piece, add_special_tokens=False)["input_ids"]

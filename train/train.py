@@ -261,6 +261,9 @@ def main(argv: list[str] | None = None) -> None:
     if earlier and is_finished(store, earlier, contract):
         return
     rows = encode_rows(args, data, tokenizer, contract)
+    if store.repo:
+        prepare_repo(store.repo, "model", args.allow_public)
+    store.folder.mkdir(parents=True, exist_ok=True)
     write_json(store.folder / CONTRACT, contract)
     with hub_errors(f"write the contract to {store.name}"):
         store.push([CONTRACT], f"Start {SCRIPT}")
@@ -311,7 +314,8 @@ class Store:
         from huggingface_hub import HfApi
 
         with hub_errors(f"list the files of {self.repo}"):
-            return HfApi().list_repo_files(self.repo)
+            api = HfApi()
+            return api.list_repo_files(self.repo) if api.repo_exists(self.repo) else []
 
     def read_contract(self) -> dict[str, Any] | None:
         """The contract of the run that this one may continue, or None for a new repo."""
@@ -386,18 +390,14 @@ class Store:
 
 
 def open_store(args: argparse.Namespace) -> Store:
-    """Fill in the repos that no flag names and prove that the adapter repo can be written to."""
+    """Fill in the repos that no flag names; nothing is created yet."""
     local = bool(args.output_dir) and not args.hub_model_id
     if not args.dataset_repo and not args.train_file:
         args.dataset_repo = f"{own_namespace()}/hsd-data"
     if not local and not args.hub_model_id:
         args.hub_model_id = f"{own_namespace()}/hsd-{args.run_name or 'lora'}"
     folder = Path(args.output_dir or tempfile.mkdtemp(prefix="hsd-train-")).expanduser()
-    folder.mkdir(parents=True, exist_ok=True)
-    if local:
-        return Store(None, folder)
-    prepare_repo(args.hub_model_id, "model", args.allow_public)
-    return Store(args.hub_model_id, folder)
+    return Store(None if local else args.hub_model_id, folder)
 
 
 def check_same_run(args: argparse.Namespace, earlier: dict[str, Any], name: str) -> None:
@@ -486,23 +486,36 @@ def read_local_data(args: argparse.Namespace) -> Data:
     check_labels(posts, LABELS, args.train_file)
     if args.task == "classify" and len(posts) < len(train) + len(validation):
         fail(f"--task classify needs `text` and `label` in every row of {args.train_file}.")
-    prompt = None
-    if args.task == "causal":
-        prompt = {"name": "instruction"} | {
-            key: text.replace("{labels}", " or ".join(LABELS)) for key, text in INSTRUCTION.items()
-        }
-        for row in posts:
+    prompt = local_prompt(train[0]) if args.task == "causal" else None
+    for row in train + validation:
+        if "messages" in row:
+            *row["prompt"], answer = row["messages"]
+            row["completion"] = [answer]
+            row["text"] = row["prompt"][-1]["content"] if row["prompt"] else ""
+        elif prompt:
             row["prompt"] = prompt_messages(prompt, row["text"])
             row["completion"] = [{"role": "assistant", "content": row["label"]}]
-        for row in train + validation:
-            if "messages" in row:
-                *row["prompt"], answer = row["messages"]
-                row["completion"] = [answer]
-                row["text"] = row["prompt"][-1]["content"] if row["prompt"] else ""
     file = Path(args.train_file).expanduser()
     record = {"file": file.name, "sha256": hashlib.sha256(file.read_bytes()).hexdigest()}
     groups = sorted({group for row in train for group in row["target_groups"]})
     return Data(train, validation, LABELS, POSITIVE_LABEL, groups, prompt, None, record)
+
+
+def local_prompt(row: dict[str, Any]) -> dict[str, str]:
+    """The strategy of a local training file: `instruction`, or what its messages have in common."""
+    if "messages" not in row:
+        return {"name": "instruction"} | {
+            key: text.replace("{labels}", " or ".join(LABELS)) for key, text in INSTRUCTION.items()
+        }
+    print("the rows bring their own prompts; an evaluation asks with each post alone", flush=True)
+    system = [message["content"] for message in row["messages"] if message["role"] == "system"]
+    return {
+        "name": "messages",
+        "description": "the training file's own messages",
+        "system": "".join(system),
+        "user": "{text}",
+        "answer": "{label}",
+    }
 
 
 def encode_rows(
@@ -886,7 +899,10 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, **options: Any) -> None:
         super().__init__(
-            allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **options
+            allow_abbrev=False,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            usage="%(prog)s [flags]",
+            **options,
         )
 
     def format_help(self) -> str:
@@ -1188,7 +1204,8 @@ def commit(name: str, kind: str, operations: list[Any], message: str) -> str:
                 raise
             retry_after = response.headers.get("Retry-After", "0") if response is not None else "0"
             pause = max(2**attempt, int(retry_after) if retry_after.isdigit() else 0)
-            print(f"the commit to {name} failed ({error}); next try in {pause} s", flush=True)
+            reason = f"{type(error).__name__}: {error}".splitlines()[0]
+            print(f"the commit to {name} failed ({reason}); next try in {pause} s", flush=True)
             time.sleep(pause)
     raise AssertionError("the loop returns or raises")
 
@@ -1238,8 +1255,10 @@ def read_contract(repo: Repo, stage: str) -> dict[str, Any]:
 
 
 def write_json(file: Path, content: Any) -> None:
-    """Write strict JSON (no NaN) that a person can read."""
+    """Write strict JSON (no NaN) that a person can read: a list of numbers stands on one line."""
     text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False)
+    # Strings hold no raw line break, so only a list can begin with one.
+    text = re.sub(r"\[\n[-\d,\s]+\]", lambda numbers: " ".join(numbers[0].split()), text)
     file.write_text(text + "\n", encoding="utf-8")
 
 
@@ -1383,14 +1402,21 @@ def encode_prompt(
     if len(ids) <= room:
         return ids, False
     place = max(range(len(contents)), key=lambda index: post in contents[index])
-    head, found, tail = contents[place].rpartition(post)
-    keep = len(post)
-    while found and keep and len(ids) > room:
-        # An excess of n ids is at least n characters in byte-level vocabularies' usual text;
-        # the loop makes up for posts where it is less.
-        keep = max(0, keep - max(1, (len(ids) - room)))
-        contents[place] = head + post[:keep] + tail
-        ids = encode_contents(tokenizer, scaffold, contents)
+    start = contents[place].rfind(post)
+    if start < 0:
+        fail(f"a prompt of {len(ids)} tokens does not hold its post's text, so it cannot be cut.")
+    head, tail = contents[place][:start], contents[place][start + len(post) :]
+    # The longest beginning of the post that fits: an emoji can be four tokens, a word one.
+    keep, most = 0, len(post)
+    while keep < most:
+        middle = (keep + most + 1) // 2
+        contents[place] = head + post[:middle] + tail
+        if len(encode_contents(tokenizer, scaffold, contents)) <= room:
+            keep = middle
+        else:
+            most = middle - 1
+    contents[place] = head + post[:keep] + tail
+    ids = encode_contents(tokenizer, scaffold, contents)
     if len(ids) > room:
         fail(f"the prompt without its post has {len(ids)} tokens; raise --max_length.")
     return ids, True
@@ -1400,7 +1426,8 @@ def encode_contents(tokenizer: Any, scaffold: Scaffold, contents: list[str]) -> 
     """Token ids of the scaffold filled with the prompt's contents."""
     # A template writes its own start token; without one the tokenizer's own is due.
     ids = [] if tokenizer.chat_template else list(tokenizer("")["input_ids"])
-    special = [str(token) for token in tokenizer.all_special_tokens]
+    # Not all_special_tokens: that lacks most control tokens of Llama 3 and gpt-oss.
+    special = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
     if any(token in content for content in contents for token in special):
         for piece, content in zip(scaffold.pieces, contents, strict=False):
             ids += tokenizer(piece, add_special_tokens=False)["input_ids"]

@@ -1,0 +1,446 @@
+"""train/train.py: its arguments, what it refuses, and runs of tiny models on the loopback Hub.
+
+pytest tests/test_train.py
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import tiny
+from conftest import ROOT, load_script
+from hub import Hub
+from huggingface_hub import HfApi
+
+
+@pytest.fixture(scope="module")
+def train() -> ModuleType:
+    return load_script("train/train.py")
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Local training files of made posts and tiny base models."""
+    folder = tmp_path_factory.mktemp("train")
+    rows = tiny.post_rows()
+    tiny.write_jsonl(folder / "train.jsonl", rows[:64])
+    tiny.write_jsonl(folder / "validation.jsonl", rows[64:80])
+    tiny.save_model(folder / "llama")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def base(hub: Hub, files: Path) -> str:
+    """The tiny Llama as a private repo on the Hub."""
+    api = HfApi(endpoint=hub.endpoint, token=hub.token)
+    repo = api.create_repo("alice/train-base", private=True).repo_id
+    api.upload_folder(repo_id=repo, folder_path=files / "llama")
+    return repo
+
+
+@pytest.fixture(autouse=True)
+def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in list(os.environ):
+        if name.startswith("HSD_") or name in ("DATASET_REPO", "HUB_MODEL_ID", "MAX_STEPS"):
+            monkeypatch.delenv(name)
+
+
+def refusal(train: ModuleType, capsys: pytest.CaptureFixture, *argv: str, code: int = 2) -> str:
+    """Run main and return the message it ends with; it must exit with `code`."""
+    with pytest.raises(SystemExit) as end:
+        train.main(list(argv))
+    message = capsys.readouterr().err
+    assert end.value.code == code, message
+    assert message.startswith("error: ") and "Traceback" not in message
+    return message
+
+
+def short_run(files: Path, *more: str) -> list[str]:
+    """Flags of a run of a few steps on the local files."""
+    return [
+        *("--train_file", str(files / "train.jsonl")),
+        *("--validation_file", str(files / "validation.jsonl")),
+        *("--max_steps", "8", "--save_steps", "4", "--logging_steps", "1"),
+        *("--per_device_train_batch_size", "4", "--gradient_accumulation_steps", "1"),
+        *("--warmup_steps", "2", "--learning_rate", "5e-3", "--report_to", "none", *more),
+    ]
+
+
+# --- arguments -------------------------------------------------------------------------------
+
+
+def test_flag_beats_environment_beats_config_file_beats_preset(
+    train: ModuleType,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    config = tmp_path / "run.json"
+    config.write_text('{"lora_r": 7, "num_train_epochs": 2, "seed": 3}')
+    monkeypatch.setenv("HSD_SEED", "4")
+    monkeypatch.setenv("SEED", "99")
+    monkeypatch.setenv("MAX_STEPS", "11")
+    monkeypatch.setenv("HSD_LORA_ALPHA", "")
+    args = train.parse_args(
+        ["--preset", "high_capacity", "--config_file", str(config), "--lora-dropout", "0.5"]
+    )
+    assert (args.lora_r, args.num_train_epochs, args.seed, args.max_steps) == (7, 2.0, 4, 11)
+    assert (args.lora_dropout, args.lora_alpha) == (0.5, 32)
+    printed = capsys.readouterr().out
+    assert "seed = 4 (environment)" in printed and "lora_r = 7 (config file)" in printed
+    assert "lora_dropout = 0.5 (command line)" in printed and "lora_alpha" not in printed
+
+
+def test_presets_set_what_they_are_for(train: ModuleType) -> None:
+    args = train.parse_args(["--preset", "memory_efficient"])
+    found = args.per_device_train_batch_size, args.gradient_accumulation_steps, args.max_length
+    assert found == (2, 8, 256)
+    args = train.parse_args(["--preset", "quick_test"])
+    assert (args.num_train_epochs, args.lora_r, args.early_stopping_patience) == (1, 16, 0)
+    default = train.parse_args([])
+    assert (default.lora_r, default.learning_rate, default.warmup_steps) == (32, 2e-4, 100)
+
+
+def test_a_config_file_of_another_trainer_is_accepted_as_it_stands(
+    train: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    config = tmp_path / "default.json"
+    settings = {
+        "model_name_or_path": "openai/gpt-oss-20b",
+        "train_file": "train.jsonl",
+        "load_in_4bit": True,
+        "bnb_4bit_quant_type": "nf4",
+        "max_seq_length": 256,
+        "lora_target_modules": ["q_proj", "v_proj"],
+        "lora_r": 8,
+        "bf16": True,
+        "gradient_checkpointing": True,
+        "optim": "paged_adamw_8bit",
+        "evaluation_strategy": "steps",
+        "logging_dir": "logs",
+        "report_to": "none",
+        "load_best_model_at_end": True,
+        "_comment": "kept from the first project",
+    }
+    config.write_text(json.dumps(settings))
+    args = train.parse_args(["--config_file", str(config)])
+    assert args.load_in_4bit is True and args.max_length == 256 and args.report_to == ["none"]
+    assert args.trainer_fields == {
+        "bf16": True,
+        "activation_checkpointing": True,
+        "optim": "paged_adamw_8bit",
+        "eval_strategy": "steps",
+        "load_best_model_at_end": True,
+    }
+    assert "--logging_dir has no effect" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("argv", "says"),
+    [
+        (["--learning_rat", "1"], "Did you mean --learning_rate"),
+        (["--preset", "tiny"], "There are: default, high_capacity"),
+        (["--lora_r", "many"], "--lora_r"),
+        (["--load_in_4bit", "perhaps"], "not 1, 0, true or false"),
+        (["--max_steps", "0"], "nothing to train"),
+        (["--output_dir", "out"], "needs --dataset_repo"),
+        (["--hub_model_id", "./out", "--train_file", "x"], "--output_dir for a local run"),
+        (["--train_file", "x", "--dataset_repo", "a/b"], "name one source"),
+        (["--output_dir", "out", "--train_file", "none.jsonl"], "does not exist"),
+        (["--config_file", "none.json"], "is not a file"),
+    ],
+)
+def test_wrong_arguments_end_with_one_message(
+    train: ModuleType, capsys: pytest.CaptureFixture, argv: list[str], says: str
+) -> None:
+    assert says in refusal(train, capsys, *argv)
+
+
+def test_an_unknown_key_of_a_config_file_is_named_with_the_nearest(
+    train: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    config = tmp_path / "run.yaml"
+    config.write_text("lora_rank_r: 3\n")
+    message = refusal(train, capsys, "--config_file", str(config))
+    assert "--lora_rank_r (config file)" in message
+
+
+# --- what it refuses -------------------------------------------------------------------------
+
+
+def test_no_token(train: ModuleType, hub: Hub, capsys: pytest.CaptureFixture) -> None:
+    assert "hf auth login" in refusal(train, capsys)
+
+
+@pytest.mark.parametrize(
+    ("rows", "says"),
+    [
+        ("", "is empty"),
+        ('{"text": "a"}\n', "needs `text` and `label`"),
+        ('{"text": "a", "label": "spam"}\n', "unknown labels ['spam']"),
+        ('{"text": "a", "label": 2}\n', "unknown labels ['2']"),
+        ("not json\n", "line 1 is not JSON"),
+    ],
+)
+def test_bad_training_files(
+    train: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture, rows: str, says: str
+) -> None:
+    (tmp_path / "rows.jsonl").write_text(rows)
+    argv = ["--train_file", str(tmp_path / "rows.jsonl"), "--output_dir", str(tmp_path / "out")]
+    assert says in refusal(train, capsys, *argv)
+    assert not (tmp_path / "out").exists()
+
+
+def test_write_access_is_proved_before_the_model_is_loaded(
+    train: ModuleType,
+    hub: Hub,
+    files: Path,
+    base: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    monkeypatch.setattr(train, "load_base", lambda *_: pytest.fail("the model was loaded"))
+    argv = short_run(files, "--model_name_or_path", base, "--hub_model_id", "alice/refused")
+    monkeypatch.setenv("HF_TOKEN", "hf_alice_read")
+    assert "write access" in refusal(train, capsys, *argv)
+    monkeypatch.setenv("HF_TOKEN", "hf_nobody")
+    assert "token" in refusal(train, capsys, *argv)
+    monkeypatch.setenv("HF_TOKEN", hub.token)
+    assert not HfApi(token=hub.token).repo_exists("alice/refused")
+    HfApi(token=hub.token).create_repo("alice/open", private=False)
+    argv = short_run(files, "--model_name_or_path", base, "--hub_model_id", "alice/open")
+    assert "is public" in refusal(train, capsys, *argv)
+    assert [commit["message"] for commit in hub.commits("alice/open")] == ["initial commit"]
+
+
+def test_missing_repos_and_revisions(
+    train: ModuleType, alice: Hub, files: Path, base: str, capsys: pytest.CaptureFixture
+) -> None:
+    message = refusal(train, capsys, "--dataset_repo", "alice/none")
+    assert "alice/none" in message and "no such repo" in message
+    message = refusal(train, capsys, *short_run(files, "--model_name_or_path", "alice/no-model"))
+    assert "alice/no-model" in message
+    argv = short_run(files, "--model_name_or_path", base, "--model_revision", "v9")
+    assert "no such revision" in refusal(train, capsys, *argv)
+    HfApi(token=alice.token).create_repo("alice/bare", repo_type="dataset", private=True)
+    assert "holds no contract.json" in refusal(train, capsys, "--dataset_repo", "alice/bare")
+
+
+def test_a_large_model_without_a_gpu_is_refused_before_its_weights(
+    train: ModuleType, files: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    tiny.save_tokenizer(tmp_path / "large")
+    config = {"model_type": "llama", "num_hidden_layers": 32, "hidden_size": 4096}
+    (tmp_path / "large" / "config.json").write_text(json.dumps(config))
+    out = tmp_path / "out"
+    argv = short_run(
+        files, "--model_name_or_path", str(tmp_path / "large"), "--output_dir", str(out)
+    )
+    message = refusal(train, capsys, *argv)
+    assert (
+        "hf jobs uv run --flavor a100-large train/train.py" in message and "B parameters" in message
+    )
+    assert not out.exists()
+
+
+def test_an_nvidia_device_that_torch_cannot_use_is_named(
+    train: ModuleType,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    torch = pytest.importorskip("torch")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    driver = tmp_path / "version"
+    driver.write_text("NVRM version: NVIDIA UNIX x86_64 Kernel Module  470.82.01  Wed Oct 27\n")
+    monkeypatch.setattr(train, "NVIDIA_DRIVER", driver)
+    with pytest.raises(SystemExit):
+        train.check_device(1000, False, "")
+    message = capsys.readouterr().err
+    assert "470.82.01" in message and "Update the driver" in message
+    assert train.check_device(1000, True, "") == "cpu"
+
+
+def test_a_resumed_run_keeps_its_arguments(
+    train: ModuleType, alice: Hub, files: Path, base: str, capsys: pytest.CaptureFixture
+) -> None:
+    argv = short_run(files, "--model_name_or_path", base, "--hub_model_id", "alice/kept")
+    train.main([*argv, "--max_steps", "4"])
+    capsys.readouterr()
+    message = refusal(train, capsys, *argv, "--lora_r", "4")
+    assert "lora_r: 32 -> 4" in message and "another --hub_model_id" in message
+    train.main([*argv, "--max_steps", "4"])
+    assert "complete at step 4: nothing to do" in capsys.readouterr().out
+
+
+# --- runs ------------------------------------------------------------------------------------
+
+
+def states(folder: Path) -> tuple[list[dict[str, Any]], bytes]:
+    """The logged curve without clock times, and the final weights' bytes."""
+    newest = max(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+    history = json.loads((newest / "trainer_state.json").read_text())["log_history"]
+    kept = ("step", "loss", "grad_norm", "learning_rate", "eval_loss")
+    curve = [{key: entry[key] for key in kept if key in entry} for entry in history]
+    return curve, (folder / "adapter_model.safetensors").read_bytes()
+
+
+def test_a_killed_run_continues_as_if_nothing_had_happened(
+    train: ModuleType, alice: Hub, files: Path, base: str, capsys: pytest.CaptureFixture
+) -> None:
+    argv = short_run(files, "--model_name_or_path", base)
+    killed = [*argv, "--hub_model_id", "alice/killed"]
+    command = [sys.executable, str(ROOT / "train/train.py"), *killed]
+    process = subprocess.Popen(
+        command, env={**os.environ, **alice.env()}, stdout=subprocess.PIPE, text=True
+    )
+    with process:
+        for line in process.stdout:
+            if "checkpoint-4 is on the Hub" in line:
+                process.kill()
+    assert process.returncode == -9
+    train.main(killed)
+    assert "resuming from checkpoint-4 of alice/killed: step 4 of 8" in capsys.readouterr().out
+    train.main([*argv, "--hub_model_id", "alice/straight"])
+    assert states(alice.repo_folder("alice/killed")) == states(alice.repo_folder("alice/straight"))
+
+
+def test_what_is_pushed_is_private_complete_and_free_of_machine_paths(
+    train: ModuleType, alice: Hub, files: Path, base: str, tmp_path: Path
+) -> None:
+    out = tmp_path / "work"
+    argv = short_run(files, "--model_name_or_path", base, "--hub_model_id", "alice/pushed")
+    train.main([*argv, "--output_dir", str(out), "--max_steps", "12", "--keep_checkpoints", "1"])
+    folder = alice.repo_folder("alice/pushed")
+    names = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+    assert {"adapter_config.json", "adapter_model.safetensors", "contract.json"} <= names
+    assert {"README.md", "tokenizer.json", "checkpoint-12/optimizer.pt"} <= names
+    assert not [name for name in names if "training_args" in name]
+    assert HfApi(token=alice.token).repo_info("alice/pushed").private
+    for name in names:
+        content = (folder / name).read_bytes()
+        assert str(out).encode() not in content and str(files).encode() not in content, name
+        assert alice.token.encode() not in content, name
+    contract = json.loads((folder / "contract.json").read_text())
+    assert contract["training"]["state"] == "complete" and contract["training"]["step"] == 12
+    head = HfApi(token=alice.token).repo_info(base).sha
+    assert contract["base_model"] == {"repo": base, "kind": "model", "revision": head}
+    kept = {name.split("/")[0] for name in names if name.startswith("checkpoint-")}
+    state = json.loads((folder / "checkpoint-12/trainer_state.json").read_text())
+    assert kept == {"checkpoint-12", state["best_model_checkpoint"]}
+
+
+def test_the_best_weights_survive_a_resume_on_another_machine(
+    train: ModuleType, alice: Hub, files: Path, base: str
+) -> None:
+    """With the highest loss as the best one, step 4 must be the result of both runs."""
+    argv = short_run(files, "--model_name_or_path", base, "--greater_is_better", "true")
+    argv += ["--early_stopping_patience", "9"]
+    train.main([*argv, "--hub_model_id", "alice/best"])
+    whole = alice.repo_folder("alice/best")
+    best = json.loads((whole / "checkpoint-8/trainer_state.json").read_text())
+    assert best["best_model_checkpoint"] == "checkpoint-4"
+    weights = (whole / "adapter_model.safetensors").read_bytes()
+    assert weights == (whole / "checkpoint-4/adapter_model.safetensors").read_bytes()
+    train.main([*argv, "--hub_model_id", "alice/best", "--max_steps", "12"])
+    assert (whole / "adapter_model.safetensors").read_bytes() == weights
+    assert json.loads((whole / "contract.json").read_text())["training"]["step"] == 12
+
+
+def test_a_commit_that_fails_or_loses_its_answer_is_made_once(
+    train: ModuleType, alice: Hub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from huggingface_hub import CommitOperationAdd
+
+    pauses: list[float] = []
+    monkeypatch.setattr(time, "sleep", pauses.append)
+    HfApi(token=alice.token).create_repo("alice/faulty", private=True)
+    path = r"/commit/main$"
+    alice.add_fault(method="POST", path=path, status=429, headers={"Retry-After": "7"})
+    alice.add_fault(method="POST", path=path, drop="after", skip=1)
+    for number in (1, 2):
+        add = CommitOperationAdd("file", path_or_fileobj=str(number).encode())
+        oid = train.commit("alice/faulty", "model", [add], f"Write {number}")
+        assert alice.commits("alice/faulty")[0]["oid"] == oid
+    messages = [commit["message"] for commit in alice.commits("alice/faulty")]
+    assert messages == ["Write 2", "Write 1", "initial commit"]
+    assert 7 in pauses
+    alice.clear_faults()
+
+
+def test_a_hub_that_refuses_checkpoints_does_not_stop_the_training(
+    train: ModuleType,
+    alice: Hub,
+    files: Path,
+    base: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    monkeypatch.setattr(time, "sleep", lambda _: None)
+    # The first commit is the contract's; five tries of checkpoint-4 fail, checkpoint-8 is pushed.
+    alice.add_fault(method="POST", path="alice/refusing/commit/", status=500, skip=1, times=5)
+    train.main(short_run(files, "--model_name_or_path", base, "--hub_model_id", "alice/refusing"))
+    printed = capsys.readouterr().out
+    assert "checkpoint-4 is NOT on the Hub" in printed and "checkpoint-8 is on the Hub" in printed
+    alice.clear_faults()
+
+
+@pytest.mark.parametrize("kind", ["bert", "gpt2"])
+def test_a_classifier_saves_its_head_and_resumes(
+    train: ModuleType, files: Path, tmp_path: Path, kind: str, capsys: pytest.CaptureFixture
+) -> None:
+    from safetensors.torch import load_file
+
+    # GPT-2 has no chat template and no pad token.
+    template = None if kind == "gpt2" else tiny.CHAT_TEMPLATE
+    base = tiny.save_model(tmp_path / kind, kind, template)
+    argv = short_run(files, "--task", "classify", "--model_name_or_path", str(base))
+    train.main([*argv, "--output_dir", str(tmp_path / "straight")])
+    train.main([*argv, "--output_dir", str(tmp_path / "halves"), "--max_steps", "4"])
+    # The schedule of the first half ends at step 4, so only the second half's being one is shown.
+    capsys.readouterr()
+    train.main([*argv, "--output_dir", str(tmp_path / "halves")])
+    assert "resuming from checkpoint-4" in capsys.readouterr().out
+    weights = load_file(tmp_path / "straight/adapter_model.safetensors")
+    assert [name for name in weights if "classifier" in name or "score" in name]
+    contract = json.loads((tmp_path / "straight/contract.json").read_text())
+    assert contract["task"] == "classify" and contract["prompt"] is None
+
+
+def test_four_bit_training_keeps_its_adapter_in_float32(
+    train: ModuleType, files: Path, tmp_path: Path
+) -> None:
+    from safetensors.torch import load_file
+
+    argv = short_run(files, "--model_name_or_path", str(files / "llama"), "--load_in_4bit")
+    train.main([*argv, "--output_dir", str(tmp_path / "out"), "--max_steps", "4"])
+    weights = load_file(tmp_path / "out/adapter_model.safetensors")
+    assert {str(weight.dtype) for weight in weights.values()} == {"torch.float32"}
+
+
+def test_messages_bring_their_own_prompt(train: ModuleType, files: Path, tmp_path: Path) -> None:
+    rows = [
+        {
+            "messages": [
+                {"role": "system", "content": "Label the post."},
+                {"role": "user", "content": row["text"]},
+                {"role": "assistant", "content": row["label"]},
+            ]
+        }
+        for row in tiny.post_rows()[:16]
+    ]
+    tiny.write_jsonl(tmp_path / "messages.jsonl", rows)
+    argv = ["--train_file", str(tmp_path / "messages.jsonl"), "--output_dir", str(tmp_path / "out")]
+    argv += ["--model_name_or_path", str(files / "llama"), "--max_steps", "1"]
+    train.main([*argv, "--report_to", "none"])
+    contract = json.loads((tmp_path / "out/contract.json").read_text())
+    assert contract["rendering"]["roles"] == ["system", "user", "assistant"]
+    assert "Label the post." in contract["prompt"]["system"]
