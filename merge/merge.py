@@ -107,7 +107,7 @@ def main(argv: list[str] | None = None) -> None:
         folder = Path(scratch) / "model"
         difference = merge(adapter, base, config, trained, tokenizer, posts, dtype, device, folder)
         write_record(args, adapter, base, trained, difference, dtype, folder)
-        publish(args, folder, target)
+        publish_model(args, folder, target)
 
 
 def fill_defaults(args: argparse.Namespace) -> Path | None:
@@ -270,7 +270,7 @@ detector, not for unattended removal of posts; the adapter's repo holds its eval
     )
 
 
-def publish(args: argparse.Namespace, folder: Path, target: Path | None) -> None:
+def publish_model(args: argparse.Namespace, folder: Path, target: Path | None) -> None:
     """Push the folder in one commit, or move it to where --output_dir says."""
     if args.hub_model_id:
         from huggingface_hub import CommitOperationAdd

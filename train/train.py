@@ -57,8 +57,8 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
+from importlib.machinery import PathFinder
 from importlib.metadata import PackageNotFoundError, version
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -207,7 +207,7 @@ def add_trainer_fields(parser: Parser) -> set[str]:
         ("trl", "trainer/base_config.py"),
         ("transformers", "training_args.py"),
     ):
-        folder = find_spec(package).submodule_search_locations[0]
+        folder = PathFinder.find_spec(package).submodule_search_locations[0]
         tree = ast.parse((Path(folder) / file).read_text(encoding="utf-8"))
         fields = [
             field
@@ -247,7 +247,7 @@ def field_type(annotation: str) -> dict[str, Any]:
 def main(argv: list[str] | None = None) -> None:
     quiet_libraries()
     args = parse_args(argv)
-    check_arguments(args)
+    check_training_arguments(args)
     store = open_store(args)
     earlier = store.read_contract()
     if earlier:
@@ -278,7 +278,7 @@ def main(argv: list[str] | None = None) -> None:
 # --- arguments and state ---------------------------------------------------------------------
 
 
-def check_arguments(args: argparse.Namespace) -> None:
+def check_training_arguments(args: argparse.Namespace) -> None:
     """Refuse what cannot work before anything is opened."""
     if args.train_file and args.dataset_repo:
         fail("--train_file and --dataset_repo are both given; name one source of training data.")

@@ -1,0 +1,152 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#     "huggingface-hub==2.4.0",
+#     "lz4==4.4.5",
+#     "torch==2.13.0",
+#     "transformers==5.23.0",
+#     "uv==0.13.8",
+# ]
+#
+# [tool.uv]
+# exclude-newer = "2026-11-20T00:00:00Z"
+# ///
+"""The README's whole story on a loopback Hub: no account, no GPU, no network beyond the packages.
+
+    uv run tests/demo.py
+
+Builds a small dataset of made posts and a tiny random base model, trains it as a Job that its
+timeout kills, submits the same command again, evaluates, merges, and ends with the report's path.
+Every command is printed before it runs; with a real account the same commands run on the Hub.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import tiny
+from hub import Hub
+
+ROOT = Path(__file__).parents[1]
+UV = [sys.executable, "-m", "uv"]
+HF = str(Path(sys.executable).with_name("hf"))
+MODEL = "alice/tiny-base"
+# A tiny random model needs what a pretrained one does not: every layer, and a high learning rate.
+TRAINING = [
+    *("--model_name_or_path", MODEL, "--lora_target_modules", "all-linear", "--lora_r", "16"),
+    *("--learning_rate", "4e-3", "--max_steps", "240", "--warmup_steps", "10"),
+    *("--per_device_train_batch_size", "16", "--gradient_accumulation_steps", "1"),
+    *("--save_steps", "20", "--logging_steps", "20", "--early_stopping_patience", "0"),
+    *("--report_to", "none"),
+]
+
+
+def run(command: list[str], env: dict[str, str], cwd: Path, check: bool = True) -> str:
+    """Print a command as a user would type it, run it, pass its output on and return it."""
+    shown = shlex.join(command)
+    for program, name in ((shlex.join(UV), "uv"), (HF, "hf"), (f"{ROOT}/", "")):
+        shown = shown.replace(program, name)
+    print(f"\n$ {shown}", flush=True)
+    lines = []
+    with subprocess.Popen(
+        command, cwd=cwd, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as process:
+        for line in process.stdout:
+            print(f"  {line}", end="", flush=True)
+            lines.append(line)
+    if check and process.returncode:
+        raise SystemExit(f"the command above ended with exit code {process.returncode}")
+    return "".join(lines)
+
+
+def prepare(hub: Hub, work: Path, env: dict[str, str]) -> float:
+    """Make posts and base model; return the seconds that a one-step training takes to start."""
+    print("Making the base model (tiny, random) and fetching the scripts' packages.", flush=True)
+    from huggingface_hub import HfApi
+
+    tiny.save_model(work / "base")
+    api = HfApi(endpoint=hub.endpoint, token=hub.token)
+    api.create_repo(MODEL, private=True)
+    api.upload_folder(repo_id=MODEL, folder_path=work / "base")
+    tiny.write_jsonl(work / "warm.jsonl", tiny.post_rows()[:16])
+    for script in ("datasets/build_unified.py", "eval/eval.py", "merge/merge.py"):
+        subprocess.run(
+            [*UV, "run", "-q", str(ROOT / script), "--help"],
+            env=env,
+            check=True,
+            stdout=subprocess.DEVNULL,
+        )
+    warm = [*UV, "run", "-q", str(ROOT / "train/train.py"), "--model_name_or_path", "./base"]
+    warm += ["--train_file", "warm.jsonl", "--output_dir", "./warm", "--max_steps", "1"]
+    for _ in range(2):  # the first call may download packages; the second shows the start alone
+        began = time.monotonic()
+        subprocess.run(
+            [*warm, "--report_to", "none"],
+            env=env,
+            cwd=work,
+            check=True,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        seconds = time.monotonic() - began
+    return seconds
+
+
+def train_until_killed(env: dict[str, str], work: Path, start_s: float) -> None:
+    """Submit the training; its timeout kills it; submit the same command until it is complete."""
+    training = [str(ROOT / "train/train.py"), *TRAINING]
+    timeout_s = int(start_s) + 25
+    for _ in range(4):
+        job = [HF, "jobs", "uv", "run", "--flavor", "a100-large", "--timeout", f"{timeout_s}s"]
+        output = run([*job, *training], env, work, check=False)
+        if "is on the Hub" in output:
+            break
+        timeout_s *= 2
+    if "Job timeout" not in output:
+        raise SystemExit("the training ended before its timeout: the demo shows no resume")
+    print("\nThe job is dead. The same command again:", flush=True)
+    output = run([HF, "jobs", "uv", "run", "--flavor", "a100-large", *training], env, work)
+    if "resuming from checkpoint-" not in output:
+        raise SystemExit("the second job did not resume")
+
+
+def figures(metrics: Path) -> None:
+    """Print the figures of the report; the adapter must beat both constant answers."""
+    found = json.loads(metrics.read_text(encoding="utf-8"))
+    print(json.dumps(found, indent=1)[:3000])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--dir", help="folder for the Hub's repos and the report (a new one)")
+    args = parser.parse_args()
+    work = Path(args.dir or tempfile.mkdtemp(prefix="hsd-demo-")).resolve()
+    began = time.monotonic()
+    with Hub(work / "hub", grace=5) as hub:
+        env = {**os.environ, **hub.env(home=work / "home")}
+        start_s = prepare(hub, work, env)
+        sources = tiny.write_sources(work / "sources")
+        build = [*UV, "run", str(ROOT / "datasets/build_unified.py")]
+        for flag, file in sources.items():
+            build += [f"--{flag}", str(file.relative_to(work))]
+        run(build, env, work)
+        train_until_killed(env, work, start_s)
+        run([*UV, "run", str(ROOT / "eval/eval.py"), "--adapter", "alice/hsd-lora"], env, work)
+        run([*UV, "run", str(ROOT / "merge/merge.py"), "--adapter", "alice/hsd-lora"], env, work)
+        report = work / "hsd-eval" / "hsd-lora" / "test"
+        figures(report / "metrics.json")
+    print(f"\nreport: {report / 'report.html'}")
+    print(f"repos:  {work / 'hub'}")
+    print(f"The demo took {(time.monotonic() - began) / 60:.1f} minutes.")
+
+
+if __name__ == "__main__":
+    main()
