@@ -106,8 +106,12 @@ class Hub:
         """Stop serving; running jobs are killed, connections that clients keep alive are cut."""
         self.server.shutdown()
         self.server.server_close()
-        for job in list(self.jobs.values()):
-            job.close()
+        jobs = list(self.jobs.values())
+        for job in jobs:
+            job.stop_reason = job.stop_reason or SERVER_STOPPED
+        for job in jobs:
+            if job.thread.is_alive():
+                job.thread.join()
         with self.lock:
             open_connections = list(self.connections)
         for connection in open_connections:
@@ -123,7 +127,10 @@ class Hub:
         return env if home is None else {**env, "HF_HOME": str(home)}
 
     def repo_folder(self, repo_id: str, repo_type: str = "model") -> Path:
-        """Return the folder that holds the files of the repo's branch main."""
+        """Return the folder that holds the files of the repo's branch main.
+
+        They are hard links to the blobs: writing into one corrupts what the server serves.
+        """
         return self.store.repo(repo_type + "s", repo_id).folder / "main"
 
     def commits(self, repo_id: str, repo_type: str = "model") -> list[dict[str, Any]]:
@@ -152,10 +159,10 @@ class Hub:
 class Fault:
     """What goes wrong with the requests whose path, query included, contains the regex `path`.
 
-    The first `skip` matches pass, the next `times` are hit (None: all). `delay_s` waits before the
-    work. `status` and `headers` answer instead of the work. `drop` cuts the connection: "before"
-    the work, or "after" the work is done and before its answer. `kill` ends the server process at
-    that same point, by default before the work.
+    A request is hit by one fault at most, the oldest that fits. The first `skip` matches pass, the
+    next `times` are hit (None: all). `delay_s` waits before the work. `status` and `headers` answer
+    instead of the work. `drop` cuts the connection: "before" the work, or "after" the work is done
+    and before its answer. `kill` ends the server process at that same point, by default before.
     """
 
     path: str = ""
@@ -215,7 +222,9 @@ class Refusal(Exception):
         super().__init__(message)
         self.status = status
         self.body = {"error": message, **body}
-        self.headers = {"X-Error-Message": message.replace("\n", " "), **(headers or {})}
+        # A header holds one line of ASCII, a message may quote any path.
+        line = message.replace("\n", " ").encode("ascii", "replace").decode()
+        self.headers = {"X-Error-Message": line, **(headers or {})}
         if code:
             self.headers["X-Error-Code"] = code
 
@@ -604,9 +613,7 @@ def apply_change(store: Store, files: dict[str, dict], change: str, value: dict)
     """Apply one line of a commit to the manifest; the lines are applied in the order they came."""
     if change == "header":
         return
-    path = value["path"].rstrip("/")
-    if any(part in ("", ".", "..", ".git") for part in path.split("/")):
-        raise Refusal(400, f"invalid path: {value['path']!r}")
+    path = checked_path(value["path"].rstrip("/"))
     if change == "file":
         content = base64.b64decode(value["content"])
         files[path] = file_entry(store.put(iter([content])), len(content), git_oid(content), False)
@@ -626,6 +633,13 @@ def apply_change(store: Store, files: dict[str, dict], change: str, value: dict)
             del files[p]
     else:
         raise Refusal(400, f"unknown operation: {change}")
+
+
+def checked_path(path: str) -> str:
+    """Return the path if it stays inside the folder it is put into."""
+    if any(part in ("", ".", "..", ".git") for part in path.split("/")):
+        raise Refusal(400, f"invalid path: {path!r}")
+    return path
 
 
 @route("POST", "/api/{repo}/super-squash/{rev}", write=True)
@@ -801,7 +815,7 @@ def repo_info(request: Request, repo: Repo, rev: str = "main") -> dict:
 # Endpoints: content uploads by LFS and by Xet, buckets
 # ------------------------------------------------------------------------------------------
 
-XET_TOKEN = "xet-loopback"  # for whoever may write; the content store asks for nothing else
+XET_TOKEN = "xet-loopback"  # for whoever may write; the content store itself trusts every client
 
 
 @route("POST", r"{page}\.git/info/lfs/objects/batch", write=True)
@@ -878,9 +892,7 @@ def bucket_batch(request: Request, bucket: str) -> dict:
     request.require_user(bucket.split("/")[0], write=True)
     folder = request.store.bucket(bucket)
     for line in request.ndjson():
-        path = folder / line["path"]
-        if not path.resolve().is_relative_to(folder):
-            raise Refusal(400, f"invalid path: {line['path']!r}")
+        path = folder / checked_path(line["path"])
         if line["type"] == "addFile":
             path.parent.mkdir(parents=True, exist_ok=True)
             # A copy, because a job may write to its bucket.
@@ -1346,6 +1358,7 @@ HARDWARE = {
 }
 JOB_KEYS = ("dockerImage", "spaceId", "command", "arguments", "environment", "flavor")
 JOB_KEYS += ("labels", "volumes", "network")
+SERVER_STOPPED = "The server stopped"
 TERMINAL = ("COMPLETED", "ERROR", "CANCELED")
 # Reads until its input ends: on a word the job is over, on nothing the server has died.
 WATCHER = "import os, sys; os.read(0, 1) or os.killpg(int(sys.argv[1]), 9)"
@@ -1376,8 +1389,15 @@ def load_jobs(hub: Hub) -> dict[str, Job]:
     for file in (hub.root / "jobs").glob("*/job.json"):
         job = jobs[file.parent.name] = Job(hub, json.loads(file.read_text()))
         if not job.finished:
-            job.save(status={"stage": "ERROR", "message": "The server stopped"}, finishedAt=now())
+            job.save(status={"stage": "ERROR", "message": SERVER_STOPPED}, finishedAt=now())
     return jobs
+
+
+def volume_source(store: Store, volume: dict[str, Any]) -> Path:
+    """Return the folder of the bucket or the repo that a job mounts."""
+    if volume["type"] == "bucket":
+        return store.bucket(volume["source"])
+    return store.root / f"{volume['type']}s" / volume["source"] / "main"
 
 
 def start_job(hub: Hub, owner: str, spec: dict[str, Any], initiator: str) -> Job:
@@ -1386,6 +1406,9 @@ def start_job(hub: Hub, owner: str, spec: dict[str, Any], initiator: str) -> Job
         raise Refusal(400, f"unknown flavor {spec.get('flavor')}; there are {', '.join(HARDWARE)}")
     if not spec.get("command"):
         raise Refusal(400, "the command is empty")
+    for volume in spec.get("volumes") or []:
+        if not volume_source(hub.store, volume).is_dir():
+            raise Refusal(400, f"no {volume['type']} {volume['source']} to mount")
     user = {"id": object_id(owner), "name": owner, "type": "user"}
     info = {
         "id": secrets.token_hex(12),
@@ -1548,16 +1571,12 @@ class Job:
         """Return the command with the paths of mounted volumes replaced by their folders."""
         words = [*self.info["command"], *(self.info["arguments"] or [])]
         for volume in self.info["volumes"] or []:
-            if volume["type"] == "bucket":
-                source = self.hub.store.bucket(volume["source"])
-            else:
-                source = self.hub.repo_folder(volume["source"], volume["type"])
-            folder = source / volume.get("path", "")
-            mount = volume["mountPath"].rstrip("/")
-            inside = mount + "/"
+            folder = volume_source(self.hub.store, volume) / volume.get("path", "")
+            inside = volume["mountPath"].rstrip("/") + "/"
             words = [str(folder / w[len(inside) :]) if w.startswith(inside) else w for w in words]
         if words[0] == "uv" and shutil.which("uv") is None:
-            words[:1] = [sys.executable, "-m", "uv"]
+            # `uv run` names itself to its children; pip may have put uv beside this Python only.
+            words[:1] = [os.environ["UV"]] if "UV" in os.environ else [sys.executable, "-m", "uv"]
         return words
 
     def environment(self, machine: Path) -> dict[str, str]:
@@ -1583,15 +1602,6 @@ class Job:
         env["ACCELERATOR"] = flavor.name if flavor.quantity else "none"
         given = {**(self.info["environment"] or {}), **self.secrets}
         return env | {name: str(value) for name, value in given.items()}
-
-    def close(self) -> None:
-        """Kill the job because the server stops."""
-        self.stop_reason = self.stop_reason or SERVER_STOPPED
-        if self.thread.is_alive():
-            self.thread.join()
-
-
-SERVER_STOPPED = "The server stopped"
 
 
 def exited(process: subprocess.Popen, timeout: float) -> bool:

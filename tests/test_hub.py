@@ -23,6 +23,7 @@ from huggingface_hub import (
     CommitOperationDelete,
     HfApi,
     HfFileSystem,
+    Volume,
     snapshot_download,
 )
 from huggingface_hub.errors import (
@@ -358,8 +359,7 @@ assert loaded.data.license == "mit"
 @pytest.mark.parametrize("uploads", ["xet", "lfs"])
 def test_datasets_push_and_load(uploads: str, tmp_path: Path) -> None:
     with Hub(tmp_path / "hub", uploads=uploads) as hub:
-        env = {**os.environ, **hub.env(home=tmp_path / "home"), "HF_DATASETS_CACHE": ""}
-        del env["HF_DATASETS_CACHE"]
+        env = {**os.environ, **hub.env(home=tmp_path / "home")}
         command = [sys.executable, "-c", DATASETS_CLIENT]
         done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
@@ -646,6 +646,9 @@ def test_labels_hardware_and_refusals(jobs_hub: Hub, jobs_api: HfApi) -> None:
         client(jobs_hub, "hf_bob").inspect_job(job_id=job.id, namespace="alice")
     with pytest.raises(HfHubHTTPError, match="403"):
         run_python(client(jobs_hub, "hf_alice_read"), "pass")
+    with pytest.raises(HfHubHTTPError, match="no bucket alice/none to mount"):
+        volume = Volume(type="bucket", source="alice/none", mount_path="/mnt")
+        run_python(jobs_api, "pass", volumes=[volume])
     missing = jobs_api.run_job(image="python:3.12", command=["no-such-program"])
     assert wait(jobs_api, missing.id).status.stage == "ERROR"
 
