@@ -221,7 +221,7 @@ def main(argv: list[str] | None = None) -> None:
     sources = [read_hatexplain(args), read_toxigen(args)]
     rows = unify(args, groups, *sources)
     check_rows(rows, groups)
-    contract = build_contract(args, groups, sources, rows)
+    contract = describe_dataset(args, groups, sources, rows)
     print(funnel_table(contract), flush=True)
     files = build_files(contract, rows)
     publish(args.dataset_repo, files)
@@ -697,10 +697,10 @@ def check_rows(rows: list[Row], groups: dict[str, Any]) -> None:
 # --- what is written -------------------------------------------------------------------------
 
 
-def build_contract(
+def describe_dataset(
     args: argparse.Namespace, groups: dict[str, Any], sources: list[Source], rows: list[Row]
 ) -> dict[str, Any]:
-    """Everything the next stages must know, see `stage_record` for the common part."""
+    """contract.json: everything the next stages must know."""
     splits = {split: {label: dict.fromkeys(groups, 0) for label in LABELS} for split in SPLITS}
     for row in rows:
         for group in row["target_groups"]:
@@ -857,7 +857,10 @@ def funnel_table(contract: dict[str, Any]) -> str:
         classes = SOURCES[source["name"]]["classes"]
         for step in source["steps"]:
             lines.append([source["name"], step["step"], "", step["rows"], *[""] * len(groups)])
-            for split, counts in sorted(step["counts"].items()):
+            for split in ("all", *SPLITS):
+                counts = step["counts"].get(split)
+                if not counts:
+                    continue
                 row = [[counts.get(group, {}).get(name, 0) for name in classes] for group in groups]
                 cells = [f"{sum(cell)} ({'/'.join(map(str, cell))})" for cell in row]
                 total = sum(sum(cell) for cell in row)
@@ -895,9 +898,7 @@ def build_card(contract: dict[str, Any]) -> str:
         "tags": ["hate-speech-detection", "not-for-all-audiences"],
         "configs": [configs[0] | {"default": True}, *configs[1:]],
     }
-    prompts = [
-        f"`{name}` ({prompt['description']})" for name, prompt in contract["prompts"].items()
-    ]
+    prompts = [f"- `{name}`: {part['description']}" for name, part in contract["prompts"].items()]
     rules = [f"- {name}: `{json.dumps(rule)}`" for name, rule in contract["rules"].items()]
     sources = [
         [source["name"], source["id_or_file"], source["revision"] or "-", source["licence"]]
@@ -906,7 +907,7 @@ def build_card(contract: dict[str, Any]) -> str:
     return CARD_TEMPLATE.format(
         header=yaml.safe_dump(header, sort_keys=False),
         script=contract["script"],
-        prompts="; ".join(prompts),
+        prompts="\n".join(prompts),
         splits=split_table(contract),
         sources=markdown_table(["source", "id or file", "revision", "licence"], sources),
         funnel=funnel_table(contract),
@@ -928,8 +929,11 @@ Built by `{script}` from HateXplain and ToxiGen; `contract.json` records how.
     from datasets import load_dataset
     posts = load_dataset("this repo or folder", "unified")
 
-`unified` holds the posts with their labels, groups, votes and marked words. The other configs are
-prompts and completions for training: {prompts}.
+- `unified`: the posts with their labels, groups, votes and marked words
+
+and as prompts and completions for training:
+
+{prompts}
 
 ## Rows
 
@@ -1305,7 +1309,8 @@ def commit(name: str, kind: str, operations: list[Any], message: str) -> str:
                 raise
             retry_after = response.headers.get("Retry-After", "0") if response is not None else "0"
             pause = max(2**attempt, int(retry_after) if retry_after.isdigit() else 0)
-            print(f"the commit to {name} failed ({error}); next try in {pause} s", flush=True)
+            reason = f"{type(error).__name__}: {error}".splitlines()[0]
+            print(f"the commit to {name} failed ({reason}); next try in {pause} s", flush=True)
             time.sleep(pause)
     raise AssertionError("the loop returns or raises")
 

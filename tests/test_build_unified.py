@@ -532,6 +532,13 @@ def split_lists(**changes: Any) -> Callable[[Files], None]:
     return change
 
 
+def few_statements(files: Files) -> None:
+    """Leave too few statements for a test split, and no posts in it."""
+    files.statements = [row for row in files.statements if "number 1 " in row["text"]]
+    files.splits["test"] = []
+    files.write()
+
+
 def nothing(files: Files) -> None:
     pass
 
@@ -555,13 +562,18 @@ BAD_INPUT: dict[str, tuple[Callable[[Files], None], list[str], str]] = {
     "truncated JSON": (truncate("dataset.json"), [], "cut off"),
     "truncated CSV": (truncate("annotated_train.csv"), [], "annotated_train.csv"),
     "truncated gzip": (gzip_cut, [], "cannot read"),
+    "wrong encoding": (
+        lambda files: (files.folder / "dataset.json").write_bytes('{"é": 1}'.encode("latin-1")),
+        [],
+        "must be UTF-8",
+    ),
     "splits without val": (
         lambda files: (files.folder / "post_id_divisions.json").write_text('{"train": []}'),
         [],
         "train, val and test",
     ),
     "post in two splits": (split_lists(val=["test_Arab_normal_0"]), [], "in two splits"),
-    "empty split": (split_lists(test=[]), ["--toxigen_config", "annotated"], "test"),
+    "empty split": (few_statements, [], "the split test"),
     "post without tokens": (post(post_tokens=None), [], "post_tokens; it has: post_id"),
     "targets are no list": (
         post(annotators=[{**VOTE, "label": "normal", "target": "Arab"}]),
@@ -598,16 +610,20 @@ def test_bad_input(
     source_flags = files.write()
     change(files)
     monkeypatch.chdir(files.folder)
-    if case == "empty split":
-        # Too few statements for a test split of their own.
-        files.statements = files.statements[:4] + files.statements[40:44] + files.statements[80:84]
-        files.write()
     with pytest.raises(SystemExit) as stop:
         script.main([*source_flags, *flags])
     assert stop.value.code == 2
     errors = capsys.readouterr().err
     assert errors.startswith("error: ") and errors.count("\n") == 1 and message in errors
     assert not files.out.exists() and not list(files.folder.glob(".out*"))
+
+
+def test_a_local_file_needs_the_splits(files: Files, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = files.write()
+    place = flags.index("--hatexplain_splits")
+    with pytest.raises(SystemExit) as stop:
+        script.main(flags[:place] + flags[place + 2 :])
+    assert stop.value.code == 2 and "needs --hatexplain_splits" in capsys.readouterr().err
 
 
 # --- Hub -------------------------------------------------------------------------------------
@@ -755,6 +771,12 @@ def test_hub_refusals(hub: Hub, files: Files, tmp_path: Path) -> None:
 
     done = run(hub, home, "--hatexplain", hatexplain, "--toxigen", hatexplain, *target)
     assert done.returncode == 2 and "holds no train/*.parquet" in done.stderr
+
+    api = HfApi(endpoint=hub.endpoint, token=hub.token)
+    api.create_repo("alice/refused-public", repo_type="dataset", private=False)
+    done = run(hub, home, *sources, "--dataset_repo", "alice/refused-public")
+    assert done.returncode == 2 and "is public" in done.stderr
+    assert len(hub.commits("alice/refused-public", "dataset")) == 1
 
     # The repo is there, private, and empty: nothing was written to it.
     [start] = hub.commits(name, "dataset")
