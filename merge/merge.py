@@ -5,6 +5,7 @@
 #     "huggingface-hub==2.4.0",
 #     "jinja2==3.1.6",
 #     "peft==0.21.2",
+#     "pyyaml==6.0.3",
 #     "torch==2.13.0",
 #     "transformers==5.23.0",
 # ]

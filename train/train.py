@@ -7,6 +7,7 @@
 #     "huggingface-hub==2.4.0",
 #     "jinja2==3.1.6",
 #     "peft==0.21.2",
+#     "pyyaml==6.0.3",
 #     "torch==2.13.0",
 #     "transformers==5.23.0",
 #     "trl==1.16.0",
@@ -255,7 +256,7 @@ def main(argv: list[str] | None = None) -> None:
     data = read_data(args, earlier)
     base = open_base(args, earlier)
     config = read_base_config(base)
-    device = check_device(count_parameters(config), args.allow_cpu, job_command(args))
+    device = check_device(count_parameters(config), args.allow_cpu, training_job(args))
     tokenizer = load_tokenizer(base)
     contract = build_contract(args, data, base, tokenizer, earlier)
     if earlier and is_finished(store, earlier, contract):
@@ -581,7 +582,7 @@ def open_base(args: argparse.Namespace, earlier: dict[str, Any] | None) -> Repo:
     return open_repo(args.model_name_or_path + suffix, "model")
 
 
-def job_command(args: argparse.Namespace) -> str:
+def training_job(args: argparse.Namespace) -> str:
     """The Job that runs this training on a GPU."""
     return (
         "hf jobs uv run --flavor a100-large train/train.py "
@@ -1524,7 +1525,7 @@ def check_probe(tokenizer: Any, found: list[int], expected: list[int], origin: s
     )
 
 
-def check_device(parameters: int, allow_cpu: bool, job_command: str) -> str:
+def check_device(parameters: int, allow_cpu: bool, training_job: str) -> str:
     """Return the device to run on, "cuda" or "cpu", before any weight is downloaded.
 
     Ends on an NVIDIA device that torch cannot use, and on a model of more than 2B parameters
@@ -1545,7 +1546,7 @@ def check_device(parameters: int, allow_cpu: bool, job_command: str) -> str:
     if parameters > 2e9 and not allow_cpu:
         fail(
             f"the model has {parameters / 1e9:.1f}B parameters and there is no GPU. Run it as a "
-            f"Job: {job_command}  (--allow_cpu true runs it here all the same.)"
+            f"Job: {training_job}  (--allow_cpu true runs it here all the same.)"
         )
     return "cpu"
 
