@@ -217,10 +217,10 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     check_arguments(args)
     groups = read_groups(args.groups)
-    args.dataset_repo = prepare_target(args.dataset_repo, args.allow_public)
     sources = [read_hatexplain(args), read_toxigen(args)]
     rows = unify(args, groups, *sources)
     check_rows(rows, groups)
+    args.dataset_repo = prepare_target(args.dataset_repo, args.allow_public)
     contract = describe_dataset(args, groups, sources, rows)
     print(funnel_table(contract), flush=True)
     files = build_files(contract, rows)
@@ -278,7 +278,10 @@ def read_groups(path: str | None) -> dict[str, dict[str, Any]]:
 
 
 def prepare_target(target: str | None, allow_public: bool) -> str:
-    """Prove that the dataset can be written, before anything is downloaded; return its name."""
+    """Prove that the dataset can be written; return its name.
+
+    It comes after the sources are checked: bad data leaves no empty repo behind.
+    """
     if target is None:
         target = f"{own_namespace()}/hsd-data"
     if not is_folder(target):
