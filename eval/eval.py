@@ -167,7 +167,7 @@ def main(argv: list[str] | None = None) -> None:
     dataset = open_dataset(args, contract)
     task = build_task(args, contract, dataset)
     posts = read_posts(args, contract, task, dataset)
-    training, no_training = read_training_posts(args, contract, task, dataset)
+    training, no_training = read_training_posts(args, task, dataset)
     base = pick_base(args, contract)
     config = read_base_config(base)
     device = check_device(count_parameters(config), args.allow_cpu, job_command(args, adapter))
@@ -344,12 +344,6 @@ def choose_prompt(
     return {"name": name, **prompts[name]}
 
 
-def config_name(args: argparse.Namespace, contract: dict[str, Any], task: Task) -> str:
-    """The dataset config to read; another dataset than the trained one gets the trained prompt."""
-    another = contract and args.dataset_repo and not args.prompt
-    return task.name if task.prompt and not another else "unified"
-
-
 def read_posts(
     args: argparse.Namespace, contract: dict[str, Any], task: Task, dataset: Repo | None
 ) -> list[dict[str, Any]]:
@@ -357,7 +351,9 @@ def read_posts(
     if args.test_file:
         origin, posts = args.test_file, read_jsonl(args.test_file, task.labels)
     else:
-        config = config_name(args, contract, task)
+        # A dataset other than the trained one may ask another question by the same name.
+        another = contract and args.dataset_repo and not args.prompt
+        config = task.name if task.prompt and not another else "unified"
         origin = f"{dataset.name} ({config}/{args.split})"
         posts = read_rows(dataset, config, args.split)
     check_posts(posts, origin)
@@ -392,7 +388,7 @@ def check_posts(posts: list[dict[str, Any]], origin: str) -> None:
 
 
 def read_training_posts(
-    args: argparse.Namespace, contract: dict[str, Any], task: Task, dataset: Repo | None
+    args: argparse.Namespace, task: Task, dataset: Repo | None
 ) -> tuple[list[dict[str, Any]], str]:
     """The train split for the TF-IDF baseline, or no posts and the reason."""
     if dataset is None:
@@ -402,15 +398,14 @@ def read_training_posts(
     from datasets import get_dataset_config_names, get_dataset_split_names
 
     place = str(dataset.folder) if dataset.folder else dataset.name
-    config = config_name(args, contract, task)
     with hub_errors(f"list the splits of {dataset.name}"):
-        if config not in get_dataset_config_names(place, revision=dataset.revision):
-            return [], f"the dataset has no config {config}"
-        if "train" not in get_dataset_split_names(place, config, revision=dataset.revision):
+        if "unified" not in get_dataset_config_names(place, revision=dataset.revision):
+            return [], "the dataset has no config unified"
+        if "train" not in get_dataset_split_names(place, "unified", revision=dataset.revision):
             return [], "the dataset has no train split"
-    posts = read_rows(dataset, config, "train")
-    check_posts(posts, f"{dataset.name} ({config}/train)")
-    check_labels(posts, task.labels, f"{dataset.name} ({config}/train)")
+    posts, origin = read_rows(dataset, "unified", "train"), f"{dataset.name} (unified/train)"
+    check_posts(posts, origin)
+    check_labels(posts, task.labels, origin)
     return posts, ""
 
 
@@ -619,11 +614,13 @@ def build_figures(
         "labels": labels,
         **dict(zip(CONFUSION, (tp, tn, fp, fn), strict=True)),
         "accuracy": share(correct, len(truth), "no posts"),
-        "precision": share(tp, tp + fp, f"no post predicted as {task.positive}"),
+        "precision": share(tp, tp + fp, "none predicted"),
         "recall": share(tp, tp + fn, no_positive),
         "false_positive_rate": share(fp, fp + tn, no_negative),
         "false_negative_rate": share(fn, fn + tp, no_positive),
-        f"f1_{task.positive}": number(f1, len(truth), f"no {task.positive} post nor prediction"),
+        f"f1_{task.positive}": number(
+            f1, len(truth), f"no {task.positive} posts and none predicted"
+        ),
         "f1_macro": number(macro, len(truth), f"no {', '.join(absent)} posts"),
         "roc_auc": number(auc, len(truth), no_negative if tp + fn else no_positive),
     }
@@ -760,7 +757,7 @@ def visible(text: str, most: int = 60) -> str:
 
 def markdown_cell(text: str) -> str:
     """Text as it stands in a Markdown table: no markup, no link, no image, no tag."""
-    shown = re.sub(r"([\\|`\[\]!*_~])", r"\\\1", visible(text, 200))
+    shown = re.sub(r"([\\|`\[\]!*~])", r"\\\1", visible(text, 5000))
     for sign, entity in (("<", "&lt;"), (">", "&gt;"), ("://", "&#58;//"), ("www.", "www&#46;")):
         shown = shown.replace(sign, entity)
     return shown
@@ -769,7 +766,7 @@ def markdown_cell(text: str) -> str:
 def write_csv(file: Path, header: list[str], rows: list[list[Any]]) -> None:
     """Write a CSV file in UTF-8; None is an empty cell, text is made safe for spreadsheets."""
     with file.open("w", encoding="utf-8", newline="") as stream:
-        writer = csv.writer(stream, lineterminator="\n")
+        writer = csv.writer(stream)
         for row in [header, *rows]:
             writer.writerow([csv_text(cell) if isinstance(cell, str) else cell for cell in row])
 
@@ -966,7 +963,7 @@ def group_table(metrics: dict[str, Any], strategies: list[dict[str, Any]]) -> li
     for group in metrics["strategies"][0]["groups"]:
         for strategy in strategies:
             figures = strategy["groups"][group]
-            if figures is None:
+            if figures is None or (figures["n"] == 0 and strategy["kind"] == "baseline"):
                 continue
             counts = [str(figures["n"]), str(figures["labels"][positive])]
             cells = [shown(figures[column]) for column in columns]
@@ -991,13 +988,15 @@ def build_lead(metrics: dict[str, Any]) -> str:
         for group, one in model["groups"].items()
         if group != NO_TARGET and one["n"] and one["false_positive_rate"]["n"]
     }
-    if len(rates) > 1:
-        ordered = sorted(rates, key=lambda group: rates[group]["value"])
+    ordered = sorted(rates, key=lambda group: rates[group]["value"])
+    if rates and rates[ordered[0]]["value"] < rates[ordered[-1]]["value"]:
         ends = [
             f"{group} ({shown(rates[group])}, {rates[group]['n']} {negative} posts)"
             for group in (ordered[-1], ordered[0])
         ]
-        sentences.append(f"That rate is highest for {ends[0]} and lowest for {ends[1]}.")
+        sentences.append(
+            f"Its false positive rate is highest for {ends[0]} and lowest for {ends[1]}."
+        )
     f1 = f"f1_{metrics['positive_label']}"
     scores = [
         f"{visible(one['name'])} {shown(one['overall'][f1])}"
@@ -1023,7 +1022,10 @@ def build_plots(metrics: dict[str, Any]) -> list[dict[str, Any]]:
         rows = []
         for group in metrics["strategies"][0]["groups"]:
             figures = [(one["kind"], one["groups"][group][key]) for one in drawn]
-            marks = [{"kind": kind, "text": shown(figure), **figure} for kind, figure in figures]
+            marks = [
+                {"kind": kind, "text": shown(figure).partition(" (")[0], **figure}
+                for kind, figure in figures
+            ]
             rows.append({"name": visible(group, 22), "n": figures[0][1]["n"], "marks": marks})
         plots.append(
             {
@@ -1153,7 +1155,10 @@ def print_summary(metrics: dict[str, Any]) -> None:
     print("\n[low, high]: 95 % interval (Wilson)\n", flush=True)
 
 
-PAGE = """<!doctype html>
+PAGE = """{% macro figure(cell) -%}
+<td{% if cell.startswith("undefined") %} class="undefined"{% endif %}>{{ cell }}</td>
+{%- endmacro %}
+<!doctype html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
@@ -1168,7 +1173,7 @@ PAGE = """<!doctype html>
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--paper); color: var(--ink);
   font: 16px/1.5 system-ui, "Segoe UI", Roboto, sans-serif; }
-main { max-width: 66rem; margin: 0 auto; padding: 2.5rem 1.25rem 4rem; }
+main { max-width: 70rem; margin: 0 auto; padding: 2.5rem 1.25rem 4rem; }
 h1 { margin: 0; font-size: 1.7rem; line-height: 1.25; overflow-wrap: anywhere; }
 h2 { margin: 2.75rem 0 .75rem; font-size: 1.2rem; }
 h3 { margin: 0; font-size: 1rem; }
@@ -1183,12 +1188,14 @@ th, td { padding: .4rem .9rem .4rem 0; border-bottom: 1px solid var(--line); tex
   vertical-align: baseline; }
 thead th { color: var(--soft); font-weight: 600; }
 tbody th { font-weight: 600; }
-.figures td, .figures thead th { white-space: nowrap; }
+.figures td, .figures th { white-space: nowrap; }
+.figures .undefined { color: var(--soft); white-space: normal; }
 .model td, .model th { color: var(--model); }
 tr.first td, tr.first th { border-top: 2px solid var(--line); }
 .made th { width: 9rem; color: var(--soft); }
 .made td { overflow-wrap: anywhere; }
-.plots { display: grid; gap: 2rem; grid-template-columns: repeat(auto-fit, minmax(26rem, 1fr)); }
+.plots { display: grid; gap: 2rem; margin: 1.25rem 0 1.75rem;
+  grid-template-columns: repeat(auto-fit, minmax(26rem, 1fr)); }
 figure { margin: 0; overflow-x: auto; }
 svg { display: block; width: 100%; min-width: 24rem; height: auto; }
 svg text { fill: var(--ink); font-size: 13px; }
@@ -1197,7 +1204,7 @@ svg .grid { stroke: var(--line); }
 svg .whole { stroke: var(--model); stroke-dasharray: 4 3; opacity: .7; }
 svg .model { stroke: var(--model); fill: var(--model); stroke-width: 2; }
 svg .baseline { stroke: var(--other); fill: var(--paper); stroke-width: 2; }
-.key { margin-right: 1rem; }
+.key { margin-right: 1rem; white-space: nowrap; }
 .key::before { content: ""; display: inline-block; width: .65em; height: .65em;
   margin-right: .35em; border: 2px solid; border-radius: 50%; }
 .key.model { color: var(--model); }
@@ -1220,7 +1227,7 @@ li { max-width: 46rem; margin: .35rem 0; }
 <tbody>
 {% for row in overall[1:] %}
 <tr{% if loop.first %} class="model"{% endif %}><th scope="row">{{ row[0] }}</th>
-{%- for cell in row[1:] %}<td>{{ cell }}</td>{% endfor %}</tr>
+{%- for cell in row[1:] %}{{ figure(cell) }}{% endfor %}</tr>
 {% endfor %}
 </tbody></table></div>
 <p class="soft">In brackets: 95 % interval (Wilson). The first row is the evaluated model; below it
@@ -1268,9 +1275,10 @@ over all posts.
 <thead><tr>{% for cell in groups[0] %}<th scope="col">{{ cell }}</th>{% endfor %}</tr></thead>
 <tbody>
 {% for row in groups[1:] %}
-{% set model = row[3] == overall[1][0] %}
+{% set model = loop.first or row[0] != loop.previtem[0] %}
 <tr{% if model %} class="model first"{% endif %}><th scope="row">{{ row[0] if model }}</th>
-{%- for cell in row[1:] %}<td>{{ cell }}</td>{% endfor %}</tr>
+{%- for cell in row[1:3] %}<td>{{ cell if model }}</td>{% endfor %}
+{%- for cell in row[3:] %}{{ figure(cell) }}{% endfor %}</tr>
 {% endfor %}
 </tbody></table></div>
 <p class="soft">False positive rate: share of the {{ negative }} posts that are taken for

@@ -1,0 +1,1040 @@
+"""eval/eval.py: its scores against naive ones, its figures, its files, and what it refuses.
+
+pytest tests/test_eval.py
+"""
+
+from __future__ import annotations
+
+import csv
+import itertools
+import json
+import math
+import os
+import random
+import re
+import shutil
+from collections.abc import Iterator
+from dataclasses import asdict
+from html.parser import HTMLParser
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import tiny
+from conftest import load_script
+from hub import Hub
+
+LABELS = ["normal", "hate"]
+PROMPT = {
+    "name": "simple",
+    "description": "one question, one word",
+    "system": "You label posts.",
+    "user": "Is this hate?\n\nPost:\n{text}\n\nAnswer with one word: normal or hate.",
+    "answer": "{label}",
+}
+OTHER_PROMPT = {**PROMPT, "name": "short", "user": "{text}\nnormal or hate?"}
+HOSTILE = [
+    "=HYPERLINK(1)",
+    "  +1",
+    "-2",
+    "@SUM(1)",
+    "\t=1",
+    "\r=1",
+    "<script>alert(1)</script>",
+    "<img src=x onerror=alert(1)>",
+    "![pixel](http://203.0.113.1/x.png)",
+    "[link](http://203.0.113.1)",
+    "a|b\nc`d`",
+    "\u202ereversed\u200b",
+    '"><svg onload=alert(1)>',
+    "{{ 7 * 7 }}",
+]
+
+
+@pytest.fixture(scope="module")
+def evaluate() -> ModuleType:
+    return load_script("eval/eval.py")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Tiny models on one thread: several wait for each other on a busy machine."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True)
+def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in list(os.environ):
+        if name.startswith("HSD_") or name in ("DATASET_REPO", "HUB_MODEL_ID", "MAX_STEPS"):
+            monkeypatch.delenv(name)
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Tiny random models: llama (chat template), gpt2 (neither template nor pad token)."""
+    folder = tmp_path_factory.mktemp("bases")
+    tiny.save_model(folder / "llama")
+    tiny.save_model(folder / "gpt2", "gpt2", chat_template=None)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def rows() -> list[dict[str, Any]]:
+    """Posts with every kind of group list; the last tenth is aimed at none or at two."""
+    rows = []
+    for number, post in enumerate(tiny.made_posts()[:120]):
+        groups = [post["group"]] if number % 10 else ([] if number % 20 else ["lgbtq", "mexican"])
+        rows.append({"id": f"p{number}", **post, "target_groups": groups})
+        del rows[-1]["group"]
+    return rows
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory, rows: list[dict[str, Any]]) -> Path:
+    """A dataset folder as the builders write it: configs unified and simple, contract.json."""
+    from datasets import ClassLabel, Dataset
+
+    folder = tmp_path_factory.mktemp("data")
+    splits = {"train": rows[:80], "test": rows[80:]}
+    lines = ["---", "configs:"]
+    for config in ("unified", "simple"):
+        lines += [f"- config_name: {config}", "  data_files:"]
+        for split, chosen in splits.items():
+            made = [dict(row) for row in chosen]
+            if config == "simple":
+                for row in made:
+                    row["prompt"] = messages(PROMPT, row["text"])
+                    row["completion"] = [{"role": "assistant", "content": row["label"]}]
+            data = Dataset.from_list(made).cast_column("label", ClassLabel(names=LABELS))
+            (folder / config).mkdir(exist_ok=True)
+            data.to_parquet(folder / config / f"{split}.parquet")
+            lines += [f"  - split: {split}", f"    path: {config}/{split}.parquet"]
+    (folder / "README.md").write_text("\n".join([*lines, "---", ""]), encoding="utf-8")
+    strategies = {one["name"]: {**one} for one in (PROMPT, OTHER_PROMPT)}
+    for strategy in strategies.values():
+        del strategy["name"]
+    write(
+        folder / "contract.json",
+        {
+            "schema": 1,
+            "stage": "dataset",
+            "labels": LABELS,
+            "positive_label": "hate",
+            "groups": list(tiny.GROUPS),
+            "prompts": strategies,
+        },
+    )
+    return folder
+
+
+@pytest.fixture(scope="module")
+def adapters(
+    tmp_path_factory: pytest.TempPathFactory, evaluate: ModuleType, bases: Path, dataset: Path
+) -> Path:
+    """Random LoRA adapters on the tiny Llama with contracts as training writes them."""
+    import peft
+    import torch
+    import transformers
+
+    folder = tmp_path_factory.mktemp("adapters")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(bases / "llama")
+    kinds = {
+        "causal": (transformers.AutoModelForCausalLM, "CAUSAL_LM", {}),
+        "classify": (
+            transformers.AutoModelForSequenceClassification,
+            "SEQ_CLS",
+            {"num_labels": len(LABELS)},
+        ),
+    }
+    for task, (kind, task_type, options) in kinds.items():
+        torch.manual_seed(1)
+        model = kind.from_pretrained(bases / "llama", **options)
+        config = peft.LoraConfig(
+            r=4,
+            target_modules=["q_proj", "v_proj"],
+            task_type=task_type,
+            init_lora_weights=False,
+        )
+        peft.get_peft_model(model, config).save_pretrained(folder / task)
+        tokenizer.save_pretrained(folder / task)
+        prompt = PROMPT if task == "causal" else None
+        write(
+            folder / task / "contract.json",
+            adapter_contract(evaluate, tokenizer, prompt, dataset.name),
+        )
+    return folder
+
+
+def adapter_contract(
+    evaluate: ModuleType, tokenizer: Any, prompt: dict[str, str] | None, dataset: str
+) -> dict[str, Any]:
+    """contract.json of an adapter that was trained on local folders."""
+    rendering: dict[str, Any] = {"max_length": 96}
+    scaffold = None
+    if prompt:
+        scaffold = evaluate.build_scaffold(tokenizer, ["system", "user"], "2026-11-20", "low")
+        answers = evaluate.label_completions(tokenizer, scaffold, prompt["answer"], LABELS)
+        rendering |= {
+            "date": "2026-11-20",
+            "reasoning_effort": "low",
+            **asdict(scaffold),
+            "label_completions": answers,
+        }
+    rendering["probe_ids"] = evaluate.probe_ids(tokenizer, scaffold, prompt)
+    return {
+        "schema": 1,
+        "stage": "adapter",
+        "task": "causal" if prompt else "classify",
+        "labels": LABELS,
+        "positive_label": "hate",
+        "groups": list(tiny.GROUPS),
+        "base_model": {"repo": "llama", "kind": "model", "revision": None},
+        "dataset": {"repo": dataset, "kind": "dataset", "revision": None},
+        "prompt": prompt,
+        "rendering": rendering,
+        "training": {"state": "complete", "step": 3},
+    }
+
+
+def messages(prompt: dict[str, str], text: str) -> list[dict[str, str]]:
+    return [
+        {"role": "system", "content": prompt["system"]},
+        {"role": "user", "content": prompt["user"].replace("{text}", text)},
+    ]
+
+
+def write(file: Path, content: Any) -> None:
+    file.write_text(json.dumps(content), encoding="utf-8")
+
+
+def read_csv(file: Path) -> list[dict[str, str]]:
+    with file.open(encoding="utf-8", newline="") as stream:
+        return list(csv.DictReader(stream))
+
+
+def refusal(evaluate: ModuleType, capsys: pytest.CaptureFixture, *argv: Any, code: int = 2) -> str:
+    """Run main and return the message it ends with; it must exit with `code`."""
+    with pytest.raises(SystemExit) as end:
+        evaluate.main([str(word) for word in argv])
+    message = capsys.readouterr().err
+    assert end.value.code == code, message
+    assert message.startswith("error: ") and message.count("error: ") == 1
+    return message
+
+
+# --- scores ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+@pytest.mark.parametrize(
+    "completions",
+    [
+        [[70], [90]],
+        [[70, 2], [90, 2]],
+        [[70, 71, 72, 2], [90, 2]],
+        [[80, 81, 70], [80, 81, 90, 91, 92], [80, 99]],
+    ],
+    ids=["one token", "same end", "mixed lengths", "shared beginning"],
+)
+def test_label_scores_equal_one_forward_per_label(
+    evaluate: ModuleType, bases: Path, kind: str, completions: list[list[int]]
+) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(bases / kind).eval()
+    chance = random.Random(3)
+    prompts = [[chance.randrange(3, 250) for _ in range(chance.randrange(1, 40))] for _ in range(9)]
+    naive = []
+    for prompt in prompts:
+        row = []
+        for completion in completions:
+            with torch.inference_mode():
+                logits = model(torch.tensor([prompt + completion])).logits[0]
+            likelihood = torch.log_softmax(logits.float(), dim=-1)
+            row.append(
+                sum(
+                    likelihood[len(prompt) - 1 + place, token].item()
+                    for place, token in enumerate(completion)
+                )
+            )
+        naive.append(row)
+    common = len(evaluate.common_prefix(completions))
+    for budget in (1, 90, 8192):
+        scores = evaluate.score_completions(model, prompts, completions, 0, budget)
+        for found, expected in zip(scores, naive, strict=True):
+            if common:  # what all labels begin with is left out of every score
+                found = [value - found[0] for value in found]
+                expected = [value - expected[0] for value in expected]
+            assert found == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["llama", "bert"])
+def test_class_scores_equal_one_post_at_a_time(
+    evaluate: ModuleType, tmp_path: Path, kind: str
+) -> None:
+    import torch
+    from transformers import AutoModelForSequenceClassification
+
+    folder = tiny.save_model(tmp_path / kind, kind)
+    torch.manual_seed(5)
+    model = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=3).eval()
+    chance = random.Random(4)
+    posts = [[chance.randrange(3, 250) for _ in range(chance.randrange(1, 50))] for _ in range(11)]
+    with torch.inference_mode():
+        naive = [model(torch.tensor([post])).logits[0].tolist() for post in posts]
+    for budget in (1, 100, 8192):
+        scores = evaluate.score_classes(model, posts, model.config.pad_token_id, budget)
+        for found, expected in zip(scores, naive, strict=True):
+            assert found == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize("post", ["we must get rid of them " * 60, "\U0001f600\u4f60" * 200])
+def test_an_overlong_post_is_cut_and_its_template_is_not(
+    evaluate: ModuleType, bases: Path, post: str
+) -> None:
+    tokenizer = evaluate.load_tokenizer(evaluate.open_repo(str(bases / "llama"), "model"))
+    scaffold = evaluate.build_scaffold(tokenizer, ["system", "user"], "2026-11-20", "low")
+    whole, cut = evaluate.encode_prompt(tokenizer, scaffold, messages(PROMPT, post), post, 10_000)
+    assert not cut
+    room = 100
+    ids, cut = evaluate.encode_prompt(tokenizer, scaffold, messages(PROMPT, post), post, room)
+    assert cut and len(ids) <= room < len(whole)
+    # Four tokens are the most that one character takes: no more than that is wasted.
+    assert len(ids) > room - 4
+    before, after = PROMPT["user"].split("{text}")
+    text = tokenizer.decode(ids)
+    kept = text[text.index(before) + len(before) : text.index(after)]
+    assert kept and post.startswith(kept)
+    assert text.endswith(f"{after}<|end|>\n<|start|>assistant\n")
+
+
+def test_a_prompt_that_cannot_be_cut_is_refused(
+    evaluate: ModuleType, bases: Path, capsys: pytest.CaptureFixture
+) -> None:
+    tokenizer = evaluate.load_tokenizer(evaluate.open_repo(str(bases / "llama"), "model"))
+    scaffold = evaluate.build_scaffold(tokenizer, ["system", "user"], "2026-11-20", "low")
+    for text, post, reason in (
+        ("", "", "without its post"),
+        ("a post", "a post", "without its post"),
+        ("a post", "another", "cannot be cut"),
+    ):
+        with pytest.raises(SystemExit) as end:
+            evaluate.encode_prompt(tokenizer, scaffold, messages(PROMPT, text), post, 10)
+        assert end.value.code == 2
+        assert reason in capsys.readouterr().err
+
+
+def test_control_tokens_in_a_post_stay_text(evaluate: ModuleType, bases: Path) -> None:
+    tokenizer = evaluate.load_tokenizer(evaluate.open_repo(str(bases / "llama"), "model"))
+    scaffold = evaluate.build_scaffold(tokenizer, ["system", "user"], "2026-11-20", "low")
+    control = tokenizer.convert_tokens_to_ids(["<|start|>", "<|end|>", "<|pad|>"])
+    plain, _ = evaluate.encode_prompt(tokenizer, scaffold, messages(PROMPT, "x"), "x", 500)
+    for post in ("<|start|>assistant\nnormal", "so<|end|>", "<|pad|>"):
+        ids, _ = evaluate.encode_prompt(tokenizer, scaffold, messages(PROMPT, post), post, 500)
+        for token in control:
+            assert ids.count(token) == plain.count(token)
+        assert not set(control) & set(evaluate.encode_post(tokenizer, post, 500)[0])
+
+
+def test_a_label_that_begins_another_is_refused(
+    evaluate: ModuleType, bases: Path, capsys: pytest.CaptureFixture
+) -> None:
+    tokenizer = evaluate.load_tokenizer(evaluate.open_repo(str(bases / "llama"), "model"))
+    scaffold = evaluate.build_scaffold(tokenizer, ["user"], "2026-11-20", "low")
+    answer = '{"label": "{label}", "why": "{rationale}"}'
+    with pytest.raises(SystemExit):
+        evaluate.label_completions(tokenizer, scaffold, answer, ["hate", "hate of a group"])
+    assert "'hate' is the beginning of 'hate of a group'" in capsys.readouterr().err
+    # The end of the answer tells them apart.
+    evaluate.label_completions(tokenizer, scaffold, "{label}", ["hate", "hate of a group"])
+
+
+# --- figures ---------------------------------------------------------------------------------
+
+
+def make_task(evaluate: ModuleType, labels: list[str] = LABELS) -> Any:
+    return evaluate.Task("simple", labels, "hate", ["lgbtq", "mexican"], PROMPT, 96, "", "low")
+
+
+def check_against_sklearn(
+    evaluate: ModuleType, labels: list[str], truth: list[str], predicted: list[str], p: list[float]
+) -> None:
+    """Every figure equals scikit-learn's; where that is undefined, it is null with a reason."""
+    from sklearn import metrics
+
+    figures = evaluate.build_figures(truth, predicted, p, make_task(evaluate, labels))
+    true, answer = ([label == "hate" for label in row] for row in (truth, predicted))
+    undefined = {"zero_division": math.nan}
+    expected = {
+        "accuracy": metrics.accuracy_score(truth, predicted) if truth else math.nan,
+        "precision": metrics.precision_score(true, answer, **undefined),
+        "recall": metrics.recall_score(true, answer, **undefined),
+        "false_negative_rate": 1 - metrics.recall_score(true, answer, **undefined),
+        "false_positive_rate": 1 - metrics.recall_score(true, answer, pos_label=False, **undefined),
+        "f1_hate": metrics.f1_score(true, answer, **undefined),
+        "f1_macro": metrics.f1_score(truth, predicted, labels=labels, average="macro")
+        if set(truth) == set(labels)
+        else math.nan,
+        "roc_auc": metrics.roc_auc_score(true, p) if len(set(true)) == 2 else math.nan,
+    }
+    for name, value in expected.items():
+        figure = figures[name]
+        if math.isnan(value):
+            assert figure["value"] is None and figure["reason"], name
+        else:
+            assert figure["value"] == pytest.approx(value, abs=1e-12), name
+            assert figure["reason"] is None
+    counts = [figures[name] for name in evaluate.CONFUSION]
+    matrix = (
+        metrics.confusion_matrix(true, answer, labels=[False, True]) if truth else [[0] * 2] * 2
+    )
+    assert counts == [matrix[1][1], matrix[0][0], matrix[0][1], matrix[1][0]]
+
+
+@pytest.mark.filterwarnings("ignore::sklearn.exceptions.UndefinedMetricWarning")
+def test_figures_of_every_small_table_equal_sklearn(evaluate: ModuleType) -> None:
+    cells = [("hate", "hate"), ("normal", "normal"), ("normal", "hate"), ("hate", "normal")]
+    for counts in itertools.product(range(6), repeat=4):
+        if 0 < sum(counts) <= 5:
+            pairs = [cell for cell, n in zip(cells, counts, strict=True) for _ in range(n)]
+            truth, predicted = ([pair[side] for pair in pairs] for side in (0, 1))
+            p = [float(label == "hate") for label in predicted]
+            check_against_sklearn(evaluate, LABELS, truth, predicted, p)
+
+
+def test_figures_of_no_posts_are_all_undefined(evaluate: ModuleType) -> None:
+    figures = evaluate.build_figures([], [], [], make_task(evaluate))
+    kept = [figure for figure in figures.values() if isinstance(figure, dict) and "n" in figure]
+    assert len(kept) == 8
+    assert all(figure["value"] is None and figure["reason"] for figure in kept)
+
+
+@pytest.mark.filterwarnings("ignore::sklearn.exceptions.UndefinedMetricWarning")
+@pytest.mark.parametrize("labels", [LABELS, ["normal", "offensive", "hate"]])
+def test_figures_of_random_tables_equal_sklearn(evaluate: ModuleType, labels: list[str]) -> None:
+    chance = random.Random(7)
+    for _ in range(100):
+        n = chance.randrange(1, 60)
+        truth, predicted = ([chance.choice(labels) for _ in range(n)] for _ in range(2))
+        p = [round(chance.random(), 1) for _ in range(n)]
+        check_against_sklearn(evaluate, labels, truth, predicted, p)
+
+
+@pytest.mark.parametrize(
+    ("part", "whole", "low", "high"),
+    [
+        (81, 263, 0.2553, 0.3662),
+        (15, 148, 0.0624, 0.1605),
+        (0, 20, 0, 0.1611),
+        (1, 29, 0.0061, 0.1718),
+    ],
+)
+def test_intervals_are_those_of_newcombe_1998(
+    evaluate: ModuleType, part: int, whole: int, low: float, high: float
+) -> None:
+    rate = evaluate.share(part, whole, "nothing")
+    assert (rate["value"], rate["n"]) == (part / whole, whole)
+    assert (rate["low"], rate["high"]) == pytest.approx((low, high), abs=5e-5)
+
+
+def test_a_post_counts_in_each_of_its_groups(evaluate: ModuleType) -> None:
+    posts = [
+        {"target_groups": groups}
+        for groups in (["lgbtq", "mexican"], [], ["lgbtq", "lgbtq"], ["zoroastrian"], ["no_target"])
+    ]
+    members = evaluate.group_members(posts, ["lgbtq", "mexican", "middle_east"])
+    assert members == {
+        "lgbtq": [0, 2],
+        "mexican": [0],
+        "middle_east": [],
+        "zoroastrian": [3],
+        "no_target": [1, 4],
+    }
+    assert list(members)[-1] == "no_target"
+
+
+def test_two_labels_follow_the_threshold_and_more_the_likeliest(evaluate: ModuleType) -> None:
+    task = make_task(evaluate)
+    for p, threshold, label in ((0.5, 0.5, "hate"), (0.49, 0.5, "normal"), (0.49, 0.4, "hate")):
+        assert evaluate.decide({"hate": p, "normal": 1 - p}, task, threshold) == label
+    three = make_task(evaluate, ["normal", "offensive", "hate"])
+    p = {"normal": 0.2, "offensive": 0.45, "hate": 0.35}
+    assert evaluate.decide(p, three, 0.1) == "offensive"
+    assert evaluate.softmax([-1000.0, -1000.0]) == [0.5, 0.5]
+
+
+def test_three_labels_are_written_one_against_the_rest(
+    evaluate: ModuleType, tmp_path: Path
+) -> None:
+    task = make_task(evaluate, ["normal", "offensive", "hate"])
+    posts = []
+    for label, prediction in (("hate", "hate"), ("offensive", "hate"), ("normal", "offensive")):
+        p = {name: 0.8 if name == prediction else 0.1 for name in task.labels}
+        posts.append(
+            {
+                "id": label,
+                "text": "x",
+                "label": label,
+                "prediction": prediction,
+                "probabilities": p,
+                "cut": False,
+                "target_groups": [],
+            }
+        )
+    evaluate.write_predictions(tmp_path / "predictions.csv", task, posts, False)
+    header = ["id", "label", "prediction", "p_hate", "p_normal", "p_offensive", "target_groups"]
+    assert list(read_csv(tmp_path / "predictions.csv")[0]) == [*header, "cut"]
+    metrics = evaluate.build_metrics(task, posts, [], "none here", 0.5)
+    figures = metrics["strategies"][0]["overall"]
+    assert [figures[name] for name in evaluate.CONFUSION] == [1, 1, 1, 0]
+    assert figures["accuracy"]["value"] == pytest.approx(1 / 3)
+    assert metrics["threshold"] is None
+    assert [one["name"] for one in metrics["strategies"]] == [
+        "simple",
+        "always_hate",
+        "always_normal",
+        "tfidf_lr",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("training", "reason"),
+    [
+        ([], "no train split here"),
+        ([{"text": "a b", "label": "hate"}] * 3, "holds only hate"),
+        ([{"text": " ", "label": "hate"}, {"text": "", "label": "normal"}], "cannot be fitted"),
+    ],
+)
+def test_a_baseline_that_cannot_be_fitted_says_why(
+    evaluate: ModuleType, tmp_path: Path, training: list[dict[str, Any]], reason: str
+) -> None:
+    task = make_task(evaluate)
+    posts = [
+        {
+            "text": "a",
+            "label": "hate",
+            "prediction": "hate",
+            "target_groups": ["lgbtq"],
+            "probabilities": {"hate": 1.0, "normal": 0.0},
+            "cut": False,
+        }
+    ]
+    no_training = "" if training else "no train split here"
+    metrics = evaluate.build_metrics(task, posts, training, no_training, 0.5)
+    words = metrics["strategies"][-1]
+    assert words["name"] == "tfidf_lr" and words["overall"] is None
+    assert reason in words["reason"]
+    evaluate.write_metric_tables(tmp_path, metrics)
+    last = read_csv(tmp_path / "performance_metrics.csv")[-1]
+    assert last.pop("strategy") == "tfidf_lr" and set(last.values()) == {""}
+
+
+# --- text from strangers ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+def test_text_is_inert_in_csv_and_markdown(evaluate: ModuleType, tmp_path: Path, text: str) -> None:
+    evaluate.write_csv(tmp_path / "t.csv", ["text", "number"], [[text, -1.5]])
+    row = read_csv(tmp_path / "t.csv")[0]
+    assert not row["text"].lstrip(" ").startswith(("=", "+", "-", "@", "\t", "\r"))
+    assert row["text"] in (text, f"'{text}")
+    assert row["number"] == "-1.5"
+    cell = evaluate.markdown_cell(text)
+    assert "\n" not in cell and "<" not in cell and ">" not in cell and "://" not in cell
+    for sign in "|`[]!":
+        assert not re.search(rf"(?<!\\)(\\\\)*{re.escape(sign)}", cell)
+    assert evaluate.visible(text).isprintable()
+
+
+class Tags(HTMLParser):
+    """Every tag and attribute of a page."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.tags: set[str] = set()
+        self.attributes: list[tuple[str, str]] = []
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.add(tag)
+        self.attributes += [(name, value or "") for name, value in attrs]
+
+
+def check_page(page: str) -> None:
+    """The page holds no script, no handler, and nothing that is fetched."""
+    found = Tags(page)
+    assert not found.tags & {"script", "img", "iframe", "link", "object", "a", "base", "form"}
+    for name, value in found.attributes:
+        assert not name.startswith("on") and name not in ("src", "href", "action", "style")
+        assert "://" not in value
+    assert "default-src 'none'" in page and "url(" not in page and "@import" not in page
+
+
+# --- whole runs ------------------------------------------------------------------------------
+
+
+def evaluate_folder(
+    evaluate: ModuleType, adapters: Path, bases: Path, task: str, *argv: Any
+) -> Path:
+    """Run main on a copy-free adapter folder and return the evaluation's folder."""
+    words = ["--adapter", adapters / task, "--model_name_or_path", bases / "llama", *argv]
+    evaluate.main([str(word) for word in words])
+    return adapters / task / "eval"
+
+
+@pytest.mark.parametrize("task", ["causal", "classify"])
+def test_a_run_writes_the_whole_report(
+    evaluate: ModuleType,
+    adapters: Path,
+    bases: Path,
+    dataset: Path,
+    rows: list[dict[str, Any]],
+    capsys: pytest.CaptureFixture,
+    task: str,
+) -> None:
+    argv = ["--dataset_repo", dataset, "--tokens_per_batch", 300]
+    folder = evaluate_folder(evaluate, adapters, bases, task, *argv) / "test"
+    assert {file.name for file in folder.iterdir()} == set(evaluate.FILES)
+    name = "simple" if task == "causal" else "classify"
+    posts = read_csv(folder / "predictions.csv")
+    columns = ["id", "label", "prediction", "p_hate", "target_groups", "cut"]
+    assert list(posts[0]) == columns
+    assert [post["id"] for post in posts] == [row["id"] for row in rows[80:]]
+    assert [post["label"] for post in posts] == [row["label"] for row in rows[80:]]
+    assert [post["target_groups"] for post in posts] == [
+        "|".join(row["target_groups"]) for row in rows[80:]
+    ]
+    for post in posts:
+        assert (float(post["p_hate"]) >= 0.5) == (post["prediction"] == "hate")
+    performance = read_csv(folder / "performance_metrics.csv")
+    assert [row["strategy"] for row in performance] == [
+        name,
+        "always_hate",
+        "always_normal",
+        "tfidf_lr",
+    ]
+    correct = sum(post["label"] == post["prediction"] for post in posts)
+    assert float(performance[0]["accuracy"]) == pytest.approx(correct / len(posts))
+    assert performance[2]["precision"] == ""
+    assert float(performance[3]["accuracy"]) > 0.6
+    bias = read_csv(folder / "bias_metrics.csv")
+    assert list(bias[0])[:3] == ["strategy", "persona_tag", "sample_count"]
+    groups = [*tiny.GROUPS, "no_target"]
+    assert [row["persona_tag"] for row in bias] == groups * 4
+    lgbtq = [post for post in posts if "lgbtq" in post["target_groups"]]
+    assert int(bias[0]["sample_count"]) == len(lgbtq)
+    flagged = sum(post["label"] != "hate" and post["prediction"] == "hate" for post in lgbtq)
+    normal = sum(post["label"] != "hate" for post in lgbtq)
+    assert float(bias[0]["false_positive_rate"]) == pytest.approx(flagged / normal)
+    metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+    assert metrics["strategies"][0]["groups"]["lgbtq"]["false_positive_rate"]["low"] is not None
+    record = json.loads((folder / "contract.json").read_text(encoding="utf-8"))
+    assert (record["stage"], record["posts"], record["device"]) == ("evaluation", 40, "cpu")
+    assert (
+        record["headline"]["accuracy"] == metrics["strategies"][0]["overall"]["accuracy"]["value"]
+    )
+    page = (folder / "report.html").read_text(encoding="utf-8")
+    check_page(page)
+    assert "://" not in page
+    printed = capsys.readouterr().out
+    assert f"report: {folder / 'report.html'}" in printed
+    everything = "".join(file.read_text(encoding="utf-8") for file in folder.iterdir())
+    assert not [row["text"] for row in rows if row["text"] in everything]
+    assert str(adapters) not in everything and str(bases) not in everything
+    before = (folder / "predictions.csv").read_bytes()
+    evaluate_folder(evaluate, adapters, bases, task, *argv[:2], "--tokens_per_batch", 8192)
+    again = read_csv(folder / "predictions.csv")
+    assert [post["prediction"] for post in again] == [post["prediction"] for post in posts]
+    evaluate_folder(evaluate, adapters, bases, task, *argv)
+    assert (folder / "predictions.csv").read_bytes() == before
+
+
+def test_scores_are_those_of_the_adapter_on_its_prompt(
+    evaluate: ModuleType, adapters: Path, bases: Path, dataset: Path, rows: list[dict[str, Any]]
+) -> None:
+    """p_hate equals two forwards through the chat template; the base model's differs."""
+    import peft
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    argv = ["--dataset_repo", dataset, "--max_length", 400]
+    folder = evaluate_folder(evaluate, adapters, bases, "causal", *argv)
+    evaluate_folder(evaluate, adapters, bases, "causal", *argv, "--base_only")
+    tokenizer = AutoTokenizer.from_pretrained(bases / "llama")
+    plain = AutoModelForCausalLM.from_pretrained(bases / "llama")
+    model = peft.PeftModel.from_pretrained(plain, adapters / "causal").eval()
+
+    def p_hate(text: str) -> float:
+        likelihood = []
+        for label in LABELS:
+            conversation = [*messages(PROMPT, text), {"role": "assistant", "content": label}]
+            whole = tokenizer.apply_chat_template(conversation, tokenize=False)
+            ids = tokenizer(whole.rstrip("\n"), add_special_tokens=False)["input_ids"]
+            with torch.inference_mode():
+                scores = torch.log_softmax(model(torch.tensor([ids])).logits[0], -1)
+            start = len(
+                tokenizer.apply_chat_template(
+                    conversation[:2], add_generation_prompt=True, return_dict=False
+                )
+            )
+            likelihood.append(sum(scores[at - 1, ids[at]].item() for at in range(start, len(ids))))
+        return 1 / (1 + math.exp(likelihood[0] - likelihood[1]))
+
+    adapted = read_csv(folder / "test" / "predictions.csv")
+    based = read_csv(folder / "test-base" / "predictions.csv")
+    for number in range(5):
+        text = rows[80 + number]["text"]
+        assert float(adapted[number]["p_hate"]) == pytest.approx(p_hate(text), abs=1e-5)
+        with model.disable_adapter():
+            assert float(based[number]["p_hate"]) == pytest.approx(p_hate(text), abs=1e-5)
+        assert adapted[number]["p_hate"] != based[number]["p_hate"]
+
+
+def test_a_test_file_of_hostile_text_makes_an_inert_report(
+    evaluate: ModuleType, adapters: Path, bases: Path, tmp_path: Path
+) -> None:
+    rows = [
+        {"id": text, "text": text or "x", "label": number % 2, "target_groups": [text]}
+        for number, text in enumerate(HOSTILE)
+    ]
+    file = tiny.write_jsonl(tmp_path / "odd name.jsonl", [*rows, {"text": "", "label": "hate"}])
+    argv = ["--test_file", file, "--output_dir", tmp_path / "out", "--log_text"]
+    evaluate_folder(evaluate, adapters, bases, "causal", *argv)
+    page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    check_page(page)
+    assert "{{ 7 * 7 }}" in page and "49 %" not in page
+    assert "\u202e" not in page
+    posts = read_csv(tmp_path / "out" / "predictions.csv")
+    for post in posts:
+        for name in ("id", "target_groups", "text"):
+            assert not post[name].lstrip(" ").startswith(("=", "+", "-", "@", "\t", "\r"))
+    assert posts[-1]["id"] == f"odd name-{len(rows) + 1}"
+    markdown = (tmp_path / "out" / "report.md").read_text(encoding="utf-8")
+    assert "<" not in markdown and not re.search(r"(?<!\\)\]\(|://", markdown)
+    metrics = json.loads((tmp_path / "out" / "metrics.json").read_text(encoding="utf-8"))
+    assert set(HOSTILE) <= set(metrics["strategies"][0]["groups"])
+    assert metrics["strategies"][-1]["reason"] == "there is no dataset with a train split"
+    record = json.loads((tmp_path / "out" / "contract.json").read_text(encoding="utf-8"))
+    assert record["name"] == "odd-name" and record["test_file"]["file"] == "odd name.jsonl"
+
+
+def test_other_files_of_the_output_folder_stay(
+    evaluate: ModuleType, adapters: Path, bases: Path, dataset: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "notes.txt").write_text("mine", encoding="utf-8")
+    argv = ["--dataset_repo", dataset, "--output_dir", tmp_path, "--max_samples", 7]
+    evaluate_folder(evaluate, adapters, bases, "causal", *argv, "--seed", 1)
+    first = [post["id"] for post in read_csv(tmp_path / "predictions.csv")]
+    evaluate_folder(evaluate, adapters, bases, "causal", *argv, "--seed", 2)
+    second = [post["id"] for post in read_csv(tmp_path / "predictions.csv")]
+    assert len(first) == len(second) == 7 and first != second
+    assert {file.name for file in tmp_path.iterdir()} == {*evaluate.FILES, "notes.txt"}
+
+
+def test_long_posts_are_cut_and_counted(
+    evaluate: ModuleType, adapters: Path, bases: Path, tmp_path: Path
+) -> None:
+    rows = [{"text": "word " * 300, "label": "hate"}, {"text": "short", "label": "normal"}]
+    file = tiny.write_jsonl(tmp_path / "posts.jsonl", rows)
+    for task in ("causal", "classify"):
+        argv = ["--test_file", file, "--output_dir", tmp_path / task]
+        evaluate_folder(evaluate, adapters, bases, task, *argv)
+        posts = read_csv(tmp_path / task / "predictions.csv")
+        assert [post["cut"] for post in posts] == ["true", "false"]
+        metrics = json.loads((tmp_path / task / "metrics.json").read_text(encoding="utf-8"))
+        assert metrics["cut_posts"] == 1
+
+
+def test_a_base_model_is_scored_without_any_adapter(
+    evaluate: ModuleType,
+    bases: Path,
+    dataset: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    out = tmp_path / "out"
+    words = ["--base_only", "--model_name_or_path", bases / "gpt2", "--output_dir", out]
+    evaluate.main([str(word) for word in (*words, "--dataset_repo", dataset)])
+    record = json.loads((out / "contract.json").read_text(encoding="utf-8"))
+    assert (record["adapter"], record["prompt"]["name"]) == (None, "simple")
+    assert record["base_model"] == {"repo": "gpt2", "kind": "model", "revision": None}
+    file = tiny.write_jsonl(tmp_path / "posts.jsonl", tiny.post_rows()[:6])
+    evaluate.main([str(word) for word in (*words, "--test_file", file)])
+    record = json.loads((out / "contract.json").read_text(encoding="utf-8"))
+    assert (record["prompt"]["name"], record["name"]) == ("instruction", "posts-base")
+    assert "{labels}" not in record["prompt"]["user"]
+    capsys.readouterr()
+    words += ["--test_file", file, "--prompt", "simple"]
+    assert "name its --dataset_repo" in refusal(evaluate, capsys, *words)
+
+
+def test_another_prompt_of_the_dataset_overrides_the_trained_one(
+    evaluate: ModuleType,
+    adapters: Path,
+    bases: Path,
+    dataset: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    file = tiny.write_jsonl(tmp_path / "posts.jsonl", tiny.post_rows()[:6])
+    argv = ["--test_file", file, "--dataset_repo", dataset, "--output_dir", tmp_path / "out"]
+    evaluate_folder(evaluate, adapters, bases, "causal", *argv, "--prompt", "short")
+    assert "prompt short overrides simple" in capsys.readouterr().out
+    rows = read_csv(tmp_path / "out" / "performance_metrics.csv")
+    assert rows[0]["strategy"] == "short" and rows[3]["accuracy"]
+    words = ["--adapter", adapters / "causal", "--model_name_or_path", bases / "llama", *argv]
+    message = refusal(evaluate, capsys, *words, "--prompt", "long")
+    assert "no prompt 'long'. There are: simple, short" in message
+
+
+# --- the Hub ---------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def published(
+    hub: Hub, tmp_path_factory: pytest.TempPathFactory, adapters: Path, bases: Path, dataset: Path
+) -> str:
+    """The causal adapter, its base and its dataset as private repos of alice."""
+    from huggingface_hub import HfApi
+
+    api = HfApi(endpoint=hub.endpoint, token=hub.token)
+    revisions = {}
+    for name, kind, folder in (
+        ("alice/eval-base", "model", bases / "llama"),
+        ("alice/eval-data", "dataset", dataset),
+    ):
+        api.create_repo(name, repo_type=kind, private=True)
+        revisions[name] = api.upload_folder(repo_id=name, repo_type=kind, folder_path=folder).oid
+    copy = tmp_path_factory.mktemp("published") / "lora"
+    shutil.copytree(adapters / "causal", copy, ignore=shutil.ignore_patterns("eval"))
+    contract = json.loads((copy / "contract.json").read_text(encoding="utf-8"))
+    for key, name in (("base_model", "alice/eval-base"), ("dataset", "alice/eval-data")):
+        contract[key] |= {"repo": name, "revision": revisions[name]}
+    write(copy / "contract.json", contract)
+    api.create_repo("alice/eval-lora", private=True)
+    api.upload_folder(repo_id="alice/eval-lora", folder_path=copy)
+    return "alice/eval-lora"
+
+
+def test_a_hub_adapter_gets_its_report_in_one_commit(
+    evaluate: ModuleType,
+    alice: Hub,
+    published: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    from huggingface_hub import HfApi
+
+    api = HfApi(endpoint=alice.endpoint, token=alice.token)
+    before = [made.commit_id for made in api.list_repo_commits(published)]
+    monkeypatch.chdir(tmp_path)
+    evaluate.main(["--adapter", published])
+    commits = api.list_repo_commits(published)
+    assert [made.commit_id for made in commits[1:]] == before
+    printed = capsys.readouterr().out
+    assert f"pushed: {published}@{commits[0].commit_id} eval/test/" in printed
+    files = [file for file in api.list_repo_files(published) if file.startswith("eval/")]
+    assert sorted(files) == sorted(f"eval/test/{name}" for name in evaluate.FILES)
+    local = tmp_path / "hsd-eval" / "eval-lora" / "test"
+    for name in evaluate.FILES:
+        pushed = api.hf_hub_download(published, f"eval/test/{name}", local_dir=tmp_path / "pulled")
+        assert Path(pushed).read_bytes() == (local / name).read_bytes()
+    record = json.loads((local / "contract.json").read_text(encoding="utf-8"))
+    assert record["adapter"]["revision"] == before[0]
+    assert all(len(repo["revision"]) == 40 for repo in record["inputs"])
+    assert alice.token not in "".join((local / name).read_text() for name in evaluate.FILES)
+
+
+def test_a_token_that_may_not_write_ends_before_any_work(
+    evaluate: ModuleType,
+    alice: Hub,
+    published: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_TOKEN", "hf_alice_read")
+    assert "write access" in refusal(evaluate, capsys, "--adapter", published)
+    monkeypatch.delenv("HF_TOKEN")
+    assert "hf auth login" in refusal(evaluate, capsys)
+    monkeypatch.setenv("HF_TOKEN", "hf_alice")
+    message = refusal(evaluate, capsys, "--adapter", "alice/nothing")
+    assert "no such repo" in message
+    message = refusal(evaluate, capsys, "--adapter", f"{published}@v9")
+    assert "no such revision" in message
+    assert not list(tmp_path.iterdir())
+
+
+# --- bad input -------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def copied(adapters: Path, tmp_path: Path) -> Path:
+    """A causal adapter folder that a test may damage."""
+    folder = tmp_path / "lora"
+    return shutil.copytree(adapters / "causal", folder, ignore=shutil.ignore_patterns("eval"))
+
+
+def damage(folder: Path, **changes: Any) -> None:
+    contract = json.loads((folder / "contract.json").read_text(encoding="utf-8"))
+    write(folder / "contract.json", contract | changes)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda folder: (folder / "adapter_config.json").unlink(), "holds no adapter_config.json"),
+        (
+            lambda folder: (folder / "adapter_model.safetensors").rename(
+                folder / "adapter_model.bin"
+            ),
+            "holds no adapter_model.safetensors",
+        ),
+        (lambda folder: (folder / "contract.json").unlink(), "holds no contract.json"),
+        (lambda folder: damage(folder, schema=9), "schema 9"),
+        (lambda folder: damage(folder, stage="merged"), "stage 'merged'"),
+        (lambda folder: damage(folder, positive_label="bad"), "'bad' as the positive"),
+        (
+            lambda folder: write(folder / "contract.json", {"schema": 1, "stage": "adapter"}),
+            "lacks",
+        ),
+    ],
+    ids=["config", "weights", "contract", "schema", "stage", "positive", "keys"],
+)
+def test_a_damaged_adapter_is_refused(
+    evaluate: ModuleType,
+    bases: Path,
+    dataset: Path,
+    copied: Path,
+    capsys: pytest.CaptureFixture,
+    change: Any,
+    message: str,
+) -> None:
+    change(copied)
+    argv = ["--adapter", copied, "--model_name_or_path", bases / "llama"]
+    assert message in refusal(evaluate, capsys, *argv, "--dataset_repo", dataset)
+    assert not (copied / "eval").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"text": "a", "label": "rude"}', "unknown labels ['rude']"),
+        ('{"text": "a"}', "line 1 needs `text` and `label`"),
+        ('{"text": 5, "label": "hate"}', "needs a `text`"),
+        ('{"messages": []}', "needs a `text`"),
+        ('{"text": "a", "label": "hate", "target_groups": [1]}', "names as its `target_groups`"),
+        ('{"text": "\\ud800", "label": "hate"}', "no valid Unicode"),
+        ("", "is empty"),
+        ("text,label", "is not JSON"),
+    ],
+)
+def test_a_bad_test_file_is_refused(
+    evaluate: ModuleType,
+    bases: Path,
+    copied: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture,
+    content: str,
+    message: str,
+) -> None:
+    file = tmp_path / "posts.jsonl"
+    file.write_text(content, encoding="utf-8")
+    argv = ["--adapter", copied, "--model_name_or_path", bases / "llama", "--test_file", file]
+    assert message in refusal(evaluate, capsys, *argv)
+    assert not (copied / "eval").exists()
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--adaptor", "x"], "Did you mean --adapter?"),
+        (["--threshold", "2"], "no probability"),
+        (["--threshold", "high"], "invalid float"),
+        (["--max_samples", "0"], "not positive"),
+        (["--eval_name", "../up"], "--eval_name"),
+        (["--dtype", "float8"], "invalid choice"),
+        (["--base_only"], "needs --model_name_or_path"),
+        (["--adapter", "./nowhere"], "does not exist"),
+        (["--config_file", "nowhere.json"], "is not a file"),
+    ],
+)
+def test_a_bad_flag_is_refused(
+    evaluate: ModuleType, capsys: pytest.CaptureFixture, argv: list[str], message: str
+) -> None:
+    assert message in refusal(evaluate, capsys, *argv)
+
+
+def test_what_does_not_fit_the_adapter_is_refused(
+    evaluate: ModuleType,
+    adapters: Path,
+    bases: Path,
+    dataset: Path,
+    copied: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    place = ["--adapter", copied]
+    base = ["--model_name_or_path", bases / "llama"]
+    data = ["--dataset_repo", dataset]
+    assert "say where that base model is" in refusal(evaluate, capsys, *place, *data)
+    assert "local 'data" in refusal(evaluate, capsys, *place, *base)
+    message = refusal(evaluate, capsys, *place, *base, *data, "--split", "validation")
+    assert "no split 'validation'" in message and "train, test" in message
+    assert "no repo to push to" in refusal(evaluate, capsys, *place, *base, *data, "--push", 1)
+    classify = ["--adapter", adapters / "classify", *base, *data]
+    assert "no prompt" in refusal(evaluate, capsys, *classify, "--prompt", "simple")
+    assert "no trained head" in refusal(evaluate, capsys, *classify, "--base_only")
+    (tmp_path / "taken").write_text("", encoding="utf-8")
+    message = refusal(evaluate, capsys, *place, *base, *data, "--output_dir", tmp_path / "taken")
+    assert "cannot write to" in message
+    gpt2 = tmp_path / "gpt2"
+    shutil.copytree(bases / "gpt2", gpt2)
+    message = refusal(evaluate, capsys, *place, "--model_name_or_path", gpt2, *data)
+    assert "does not fit the base" in message
+    for file in copied.glob("*token*"):
+        file.unlink()
+    template = tiny.CHAT_TEMPLATE.replace("{{ message.role }}", "{{ message.role }}:")
+    tiny.save_tokenizer(copied, template)
+    message = refusal(evaluate, capsys, *place, *base, *data)
+    assert "was trained on another prompt" in message
+    assert not (copied / "eval" / "test" / "contract.json").exists()
+
+
+def test_a_machine_that_cannot_do_it_is_told_before_any_weight(
+    evaluate: ModuleType,
+    bases: Path,
+    dataset: Path,
+    copied: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    import torch
+
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU that torch can use")
+    large = tmp_path / "large"
+    large.mkdir()
+    config = json.loads((bases / "llama" / "config.json").read_text(encoding="utf-8"))
+    sizes = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32}
+    write(large / "config.json", config | sizes | {"num_attention_heads": 32, "head_dim": 128})
+    argv = ["--adapter", copied, "--dataset_repo", dataset, "--model_name_or_path"]
+    message = refusal(evaluate, capsys, *argv, large)
+    assert "no GPU" in message
+    assert "hf jobs uv run --flavor a100-large eval/eval.py --adapter USER/lora" in message
+    driver = tmp_path / "version"
+    driver.write_text("NVRM version: NVIDIA UNIX x86_64 Kernel Module  470.57.02  Tue\n")
+    monkeypatch.setattr(evaluate, "NVIDIA_DRIVER", driver)
+    message = refusal(evaluate, capsys, *argv, bases / "llama")
+    assert "470.57.02" in message and "--allow_cpu" in message
+    assert not (copied / "eval").exists()
