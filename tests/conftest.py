@@ -15,6 +15,7 @@ from hub import Hub
 
 # huggingface_hub reads these when it is imported: no test touches the cache or token of its user.
 os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="hf-home-")
+atexit.register(shutil.rmtree, os.environ["HF_HOME"], ignore_errors=True)
 os.environ.update(HF_HUB_DISABLE_TELEMETRY="1", HF_HUB_DISABLE_PROGRESS_BARS="1")
 os.environ.pop("HF_TOKEN", None)
 SERVER = Hub(tempfile.mkdtemp(prefix="hub-"))

@@ -1623,7 +1623,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("--root", help="folder that keeps everything (default: a new one)")
     add("--port", type=int, default=0, help="0, the default, takes a free one")
-    add("--uploads", choices=("xet", "lfs", "regular"), default="xet", help="see `Hub`")
+    uploads_help = "lfs: set HF_HUB_DISABLE_XET=1 for the client too; regular: all in the commit"
+    add("--uploads", choices=("xet", "lfs", "regular"), default="xet", help=uploads_help)
     add("--grace", type=float, default=DEFAULT_GRACE, help="seconds from SIGTERM to SIGKILL")
     add("--page_size", type=int, default=1000, help="items on a page of a listing")
     add("--job_env", action="append", default=[], metavar="NAME[=VALUE]", help="add to the jobs")

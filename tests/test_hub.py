@@ -636,6 +636,9 @@ def test_job_sees_a_new_machine(
 def test_labels_hardware_and_refusals(jobs_hub: Hub, jobs_api: HfApi) -> None:
     job = run_python(jobs_api, "pass")
     assert jobs_api.update_job_labels(job_id=job.id, labels={"a": "b"}).labels == {"a": "b"}
+    labelled = jobs_api.list_jobs(namespace="alice", labels={"a": "b"})
+    assert [listed.id for listed in labelled] == [job.id]
+    assert not list(jobs_api.list_jobs(namespace="alice", labels={"a": "c"}))
     prices = {flavor.name: flavor.unit_cost_usd * 60 for flavor in jobs_api.list_jobs_hardware()}
     assert prices["a100-large"] == pytest.approx(2.50)
     with pytest.raises(HfHubHTTPError, match="unknown flavor a1000"):
