@@ -77,9 +77,13 @@ def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def bases(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Tiny random models: llama (chat template), gpt2 (neither template nor pad token)."""
+    """Tiny random models: llama (chat template), gpt2 (neither template nor pad token).
+
+    As in many published configs, llama's names no pad token; only the tokenizer does.
+    """
     folder = tmp_path_factory.mktemp("bases")
-    tiny.save_model(folder / "llama")
+    file = tiny.save_model(folder / "llama") / "config.json"
+    write(file, json.loads(file.read_text(encoding="utf-8")) | {"pad_token_id": None})
     tiny.save_model(folder / "gpt2", "gpt2", chat_template=None)
     return folder
 
@@ -695,6 +699,25 @@ def test_scores_are_those_of_the_adapter_on_its_prompt(
         with model.disable_adapter():
             assert float(based[number]["p_hate"]) == pytest.approx(p_hate(text), abs=1e-5)
         assert adapted[number]["p_hate"] != based[number]["p_hate"]
+
+
+def test_a_classifier_is_scored_with_its_own_head(
+    evaluate: ModuleType, adapters: Path, bases: Path, dataset: Path, rows: list[dict[str, Any]]
+) -> None:
+    import peft
+    import torch
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    folder = evaluate_folder(evaluate, adapters, bases, "classify", "--dataset_repo", dataset)
+    tokenizer = AutoTokenizer.from_pretrained(bases / "llama")
+    plain = AutoModelForSequenceClassification.from_pretrained(bases / "llama", num_labels=2)
+    model = peft.PeftModel.from_pretrained(plain, adapters / "classify").eval()
+    posts = read_csv(folder / "test" / "predictions.csv")
+    for post, row in zip(posts[:5], rows[80:], strict=False):
+        with torch.inference_mode():
+            logits = model(**tokenizer(row["text"], return_tensors="pt")).logits[0]
+        expected = torch.softmax(logits, -1)[LABELS.index("hate")].item()
+        assert float(post["p_hate"]) == pytest.approx(expected, abs=1e-5)
 
 
 def test_a_test_file_of_hostile_text_makes_an_inert_report(
