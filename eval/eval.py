@@ -310,12 +310,12 @@ def build_task(args: argparse.Namespace, contract: dict[str, Any], dataset: Repo
     )
     if task.positive not in task.labels or len(task.labels) < 2:
         fail(f"{origin} names {task.positive!r} as the positive one of {task.labels}.")
-    print(
+    summary = (
         f"labels {', '.join(task.labels)} (positive: {task.positive}), groups "
         f"{', '.join(task.groups) or 'none'} (from {origin}); strategy {task.name}, "
-        f"max_length {task.max_length}",
-        flush=True,
+        f"max_length {task.max_length}"
     )
+    print(visible(summary, 1000), flush=True)
     return task
 
 
@@ -349,7 +349,9 @@ def read_posts(
 ) -> list[dict[str, Any]]:
     """The posts to score, checked."""
     if args.test_file:
-        origin, posts = args.test_file, read_jsonl(args.test_file, task.labels)
+        origin, columns = args.test_file, ("id", "text", "label", "target_groups")
+        rows = read_jsonl(args.test_file, task.labels)
+        posts = [{column: row.get(column) for column in columns} for row in rows]
     else:
         # A dataset other than the trained one may ask another question by the same name.
         another = contract and args.dataset_repo and not args.prompt
@@ -376,7 +378,7 @@ def check_posts(posts: list[dict[str, Any]], origin: str) -> None:
     """Make ids text and groups a list; end on a post without usable text."""
     for number, post in enumerate(posts, start=1):
         groups = post.get("target_groups") or []
-        post["target_groups"] = [groups] if isinstance(groups, str) else groups
+        post["target_groups"] = groups if isinstance(groups, list) else [groups]
         post["id"] = str(post["id"])
         words = [post.get("text"), *post["target_groups"]]
         if not all(isinstance(word, str) for word in words):
@@ -527,7 +529,10 @@ def score_posts(
             reported = time.monotonic()
             rate = len(scores) / (reported - begun)
             print(f"scored {len(scores)} of {len(encoded)} posts, {rate:.1f}/s", flush=True)
-    return [softmax(row) for row in scores]
+    probabilities = [softmax(row) for row in scores]
+    if any(math.isnan(p) for row in probabilities for p in row):
+        fail("the model's scores are not numbers. Try --dtype float32.", code=1)
+    return probabilities
 
 
 def softmax(scores: list[float]) -> list[float]:
@@ -749,18 +754,18 @@ def csv_text(value: str) -> str:
 
 def visible(text: str, most: int = 60) -> str:
     """Text as shown to people: control and direction characters as escapes, long text cut."""
-    shown = "".join(
+    text = "".join(
         char if char.isprintable() else char.encode("unicode_escape").decode() for char in text
     )
-    return shown if len(shown) <= most else f"{shown[: most - 1]}…"
+    return text if len(text) <= most else f"{text[: most - 1]}…"
 
 
 def markdown_cell(text: str) -> str:
     """Text as it stands in a Markdown table: no markup, no link, no image, no tag."""
-    shown = re.sub(r"([\\|`\[\]!*~])", r"\\\1", visible(text, 5000))
+    text = re.sub(r"([\\|`\[\]!*~])", r"\\\1", visible(text, 5000))
     for sign, entity in (("<", "&lt;"), (">", "&gt;"), ("://", "&#58;//"), ("www.", "www&#46;")):
-        shown = shown.replace(sign, entity)
-    return shown
+        text = text.replace(sign, entity)
+    return text
 
 
 def write_csv(file: Path, header: list[str], rows: list[list[Any]]) -> None:
@@ -1097,14 +1102,20 @@ def describe_run(metrics: dict[str, Any], record: dict[str, Any]) -> list[tuple[
 
 
 def repeat_command(record: dict[str, Any]) -> str:
-    """The command that makes this evaluation again, with the adapter at its commit."""
-    parser, words = build_parser(), ["uv", "run", SCRIPT]
-    adapter = record["adapter"]
-    if adapter:
-        pin = f"@{adapter['revision']}" if adapter["revision"] else ""
-        words += ["--adapter", f"{'' if pin else './'}{adapter['repo']}{pin}"]
-    for name, value in record["arguments"].items():
-        if name not in ("adapter", "config_file") and value != parser.get_default(name):
+    """The command that makes this evaluation again, with every repo it names at its commit."""
+    parser, words, arguments = build_parser(), ["uv", "run", SCRIPT], record["arguments"]
+    repos = {"model_name_or_path": record["base_model"], "dataset_repo": record["dataset"]}
+    named = {name: repo for name, repo in repos.items() if arguments[name]}
+    if record["adapter"]:
+        named = {"adapter": record["adapter"]} | named
+    for name, repo in named.items():
+        pinned = f"{repo['repo']}@{repo['revision']}" if repo["revision"] else f"./{repo['repo']}"
+        words += [f"--{name}", pinned]
+    left_out = {"config_file", "output_dir", "push", *named}
+    if "model_name_or_path" in named:
+        left_out.add("model_revision")
+    for name, value in arguments.items():
+        if name not in left_out and value != parser.get_default(name):
             words += [f"--{name}", str(value).lower() if isinstance(value, bool) else str(value)]
     return shlex.join(words)
 
@@ -1730,8 +1741,13 @@ def read_jsonl(path: str, labels: list[str]) -> list[dict[str, Any]]:
     file = Path(path).expanduser()
     if not file.is_file():
         fail(f"the file {path} does not exist.")
+    try:
+        content = file.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        fail(f"{path} is not UTF-8: {error}")
     rows = []
-    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
+    # Not splitlines: that also splits at signs such as U+2028, which stand in posts.
+    for number, line in enumerate(content.split("\n"), start=1):
         if not line.strip():
             continue
         try:

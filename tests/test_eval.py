@@ -641,6 +641,8 @@ def test_a_run_writes_the_whole_report(
     assert metrics["strategies"][0]["groups"]["lgbtq"]["false_positive_rate"]["low"] is not None
     record = json.loads((folder / "contract.json").read_text(encoding="utf-8"))
     assert (record["stage"], record["posts"], record["device"]) == ("evaluation", 40, "cpu")
+    command = f"--adapter ./{task} --model_name_or_path ./llama --dataset_repo ./{dataset.name}"
+    assert f"uv run eval/eval.py {command}" in evaluate.repeat_command(record)
     assert (
         record["headline"]["accuracy"] == metrics["strategies"][0]["overall"]["accuracy"]["value"]
     )
@@ -764,8 +766,13 @@ def test_other_files_of_the_output_folder_stay(
 def test_long_posts_are_cut_and_counted(
     evaluate: ModuleType, adapters: Path, bases: Path, tmp_path: Path
 ) -> None:
-    rows = [{"text": "word " * 300, "label": "hate"}, {"text": "short", "label": "normal"}]
-    file = tiny.write_jsonl(tmp_path / "posts.jsonl", rows)
+    # The second has what real files have: a line separator within, a byte order mark before, and
+    # a column that means something else here.
+    rows = [{"text": "word " * 300, "label": "hate"}]
+    rows += [{"text": "short\u2028post", "label": "normal", "prompt": "mine"}]
+    file = tmp_path / "posts.jsonl"
+    lines = [json.dumps(row, ensure_ascii=False) for row in rows]
+    file.write_text("\ufeff" + "\r\n".join(lines), encoding="utf-8")
     for task in ("causal", "classify"):
         argv = ["--test_file", file, "--output_dir", tmp_path / task]
         evaluate_folder(evaluate, adapters, bases, task, *argv)
@@ -956,7 +963,9 @@ def test_a_damaged_adapter_is_refused(
         ('{"text": 5, "label": "hate"}', "needs a `text`"),
         ('{"messages": []}', "needs a `text`"),
         ('{"text": "a", "label": "hate", "target_groups": [1]}', "names as its `target_groups`"),
+        ('{"text": "a", "label": "hate", "target_groups": 1}', "names as its `target_groups`"),
         ('{"text": "\\ud800", "label": "hate"}', "no valid Unicode"),
+        (b"\xff\xfe", "is not UTF-8"),
         ("", "is empty"),
         ("text,label", "is not JSON"),
     ],
@@ -967,11 +976,11 @@ def test_a_bad_test_file_is_refused(
     copied: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture,
-    content: str,
+    content: str | bytes,
     message: str,
 ) -> None:
     file = tmp_path / "posts.jsonl"
-    file.write_text(content, encoding="utf-8")
+    file.write_bytes(content.encode() if isinstance(content, str) else content)
     argv = ["--adapter", copied, "--model_name_or_path", bases / "llama", "--test_file", file]
     assert message in refusal(evaluate, capsys, *argv)
     assert not (copied / "eval").exists()
