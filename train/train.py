@@ -1303,8 +1303,13 @@ def read_jsonl(path: str, labels: list[str]) -> list[dict[str, Any]]:
     file = Path(path).expanduser()
     if not file.is_file():
         fail(f"the file {path} does not exist.")
+    try:
+        content = file.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        fail(f"{path} is not UTF-8: {error}")
     rows = []
-    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
+    # Not splitlines: that also splits at signs such as U+2028, which stand in posts.
+    for number, line in enumerate(content.split("\n"), start=1):
         if not line.strip():
             continue
         try:
@@ -1525,7 +1530,7 @@ def check_probe(tokenizer: Any, found: list[int], expected: list[int], origin: s
     )
 
 
-def check_device(parameters: int, allow_cpu: bool, training_job: str) -> str:
+def check_device(parameters: int, allow_cpu: bool, job_command: str) -> str:
     """Return the device to run on, "cuda" or "cpu", before any weight is downloaded.
 
     Ends on an NVIDIA device that torch cannot use, and on a model of more than 2B parameters
@@ -1546,7 +1551,7 @@ def check_device(parameters: int, allow_cpu: bool, training_job: str) -> str:
     if parameters > 2e9 and not allow_cpu:
         fail(
             f"the model has {parameters / 1e9:.1f}B parameters and there is no GPU. Run it as a "
-            f"Job: {training_job}  (--allow_cpu true runs it here all the same.)"
+            f"Job: {job_command}  (--allow_cpu true runs it here all the same.)"
         )
     return "cpu"
 
