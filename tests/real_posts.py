@@ -18,7 +18,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from conftest import ROOT, load_script
+from tiny import ROOT, load_script
 
 TRAINING = [
     *("--task", "classify", "--lora_target_modules", "all-linear", "--lora_r", "16"),

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import csv
 import gzip
-import importlib.util
 import io
 import json
 import os
@@ -16,12 +15,12 @@ import sys
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 from hub import Hub
 from huggingface_hub import CommitOperationAdd, HfApi
+from tiny import load_script
 
 SCRIPT = Path(__file__).parents[1] / "datasets" / "build_unified.py"
 TARGETS = {"lgbtq": "Homosexual", "mexican": "Hispanic", "middle_east": "Arab"}
@@ -30,15 +29,7 @@ POSTS = {"train": 5, "val": 2, "test": 3}
 STATEMENTS = 20
 
 
-def load_script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("script_build_unified", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-script = load_script()
+script = load_script("datasets/build_unified.py")
 
 
 @pytest.fixture(autouse=True)

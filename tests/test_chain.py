@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 import tiny
-from conftest import load_script
 from hub import Hub
 from huggingface_hub import HfApi
+from tiny import load_script
 
 DATA, BASE, ADAPTER, MERGED = (f"alice/chain-{name}" for name in ("data", "base", "lora", "merged"))
 

@@ -22,8 +22,8 @@ from typing import Any
 
 import pytest
 import tiny
-from conftest import load_script
 from hub import Hub
+from tiny import load_script
 
 LABELS = ["normal", "hate"]
 PROMPT = {

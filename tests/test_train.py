@@ -16,9 +16,9 @@ from typing import Any
 
 import pytest
 import tiny
-from conftest import ROOT, load_script
 from hub import Hub
 from huggingface_hub import HfApi
+from tiny import ROOT, load_script
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""Made posts, tokenizers and models small enough for two CPU cores: for the tests and the demo.
+"""What tests, demo and benchmarks share: made posts, tiny models, the scripts as modules.
 
 The posts are templates without slurs. Each hateful form has a negated and a counter-speech twin,
 so that the words of an attack alone do not decide the label.
@@ -10,8 +10,13 @@ import csv
 import itertools
 import json
 import random
+import sys
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
+from types import ModuleType
 from typing import Any
+
+ROOT = Path(__file__).parents[1]
 
 GROUPS = {
     "lgbtq": ("Homosexual", ["gay people", "lesbians", "trans people", "gay couples"]),
@@ -193,3 +198,14 @@ def post_rows(seed: int = 0) -> list[dict[str, Any]]:
         {"text": post["text"], "label": post["label"], "target_groups": [post["group"]]}
         for post in made_posts(seed)
     ]
+
+
+def load_script(path: str) -> ModuleType:
+    """Load a script as a module named after its path: `train/train.py` is script_train_train."""
+    name = "script_" + path.removesuffix(".py").replace("/", "_")
+    if name not in sys.modules:
+        spec = spec_from_file_location(name, ROOT / path)
+        module = module_from_spec(spec)
+        sys.modules[name] = module
+        spec.loader.exec_module(module)
+    return sys.modules[name]

@@ -667,10 +667,7 @@ def build_model(
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=dtype,
         )
-    model = load_base(base, config, args.task, contract["labels"], dtype, device, quantization)
-    # Of a local base only its last part is recorded: the adapter is pushed to other machines.
-    model.name_or_path = base.as_input()["repo"]
-    return model
+    return load_base(base, config, args.task, contract["labels"], dtype, device, quantization)
 
 
 def lora_config(args: argparse.Namespace, model: Any, base: Repo) -> Any:
@@ -688,7 +685,6 @@ def lora_config(args: argparse.Namespace, model: Any, base: Repo) -> Any:
         lora_alpha=args.lora_alpha,
         lora_dropout=args.lora_dropout,
         target_modules="all-linear" if targets == ["all-linear"] else targets,
-        base_model_name_or_path=base.as_input()["repo"],
         revision=base.revision,
     )
 
@@ -780,6 +776,16 @@ def add_push_callback(trainer: Any, store: Store, contract: dict[str, Any], keep
     trainer.add_callback(PushCheckpoint())
 
 
+def record_base(folder: Path, contract: dict[str, Any]) -> None:
+    """Name the base in a saved adapter as the contract does: of a local one only the last part.
+
+    It is done after saving, because PEFT looks the base up by this name while it saves.
+    """
+    file = folder / "adapter_config.json"
+    saved = json.loads(file.read_text(encoding="utf-8"))
+    write_json(file, saved | {"base_model_name_or_path": contract["base_model"]["repo"]})
+
+
 def push_checkpoint(store: Store, contract: dict[str, Any], state: Any, keep: int) -> None:
     """One commit: checkpoint-N/, the contract at this step, and the removal of older checkpoints.
 
@@ -792,6 +798,7 @@ def push_checkpoint(store: Store, contract: dict[str, Any], state: Any, keep: in
     file = store.folder / name / "trainer_state.json"
     saved = json.loads(file.read_text(encoding="utf-8"))
     write_json(file, saved | {"best_model_checkpoint": best or None})
+    record_base(store.folder / name, contract)
     contract["training"] |= {"step": state.global_step, "epoch": round(state.epoch, 4)}
     write_json(store.folder / CONTRACT, contract)
     if store.repo is None:
@@ -825,6 +832,7 @@ def finish(store: Store, trainer: Any, tokenizer: Any, contract: dict[str, Any])
     """Push adapter, tokenizer, contract and card to the root in one commit; say where."""
     trainer.save_model(str(store.folder))
     tokenizer.save_pretrained(store.folder)
+    record_base(store.folder, contract)
     state = trainer.state
     contract["training"] |= {
         "state": "complete",

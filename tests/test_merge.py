@@ -1,0 +1,140 @@
+"""merge/merge.py: what it refuses, and merged models that score as their adapters do.
+
+pytest tests/test_merge.py
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import tiny
+from hub import Hub
+from huggingface_hub import HfApi
+from tiny import load_script
+
+
+@pytest.fixture(scope="module")
+def merge() -> ModuleType:
+    return load_script("merge/merge.py")
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A trained causal adapter and a classifier, with their bases, as folders."""
+    folder = tmp_path_factory.mktemp("merge")
+    tiny.write_jsonl(folder / "posts.jsonl", tiny.post_rows()[:32])
+    train = load_script("train/train.py")
+    for kind, task in (("llama", "causal"), ("bert", "classify")):
+        tiny.save_model(folder / kind, kind)
+        flags = ["--train_file", str(folder / "posts.jsonl"), "--output_dir", str(folder / task)]
+        flags += ["--model_name_or_path", str(folder / kind), "--task", task, "--report_to", "none"]
+        flags += ["--max_steps", "6", "--learning_rate", "1e-2", "--warmup_steps", "0"]
+        train.main([*flags, "--lora_target_modules", "all-linear"])
+    return folder
+
+
+def refusal(merge: ModuleType, capsys: pytest.CaptureFixture, *argv: str, code: int = 2) -> str:
+    """Run main and return the message it ends with; it must exit with `code`."""
+    with pytest.raises(SystemExit) as end:
+        merge.main(list(argv))
+    message = capsys.readouterr().err
+    assert end.value.code == code, message
+    assert "error: " in message and "Traceback" not in message
+    return message
+
+
+@pytest.mark.parametrize(("kind", "task"), [("llama", "causal"), ("bert", "classify")])
+def test_the_merged_model_scores_as_the_adapter(
+    merge: ModuleType, work: Path, tmp_path: Path, kind: str, task: str
+) -> None:
+    out = tmp_path / "merged"
+    flags = ["--adapter", str(work / task), "--model_name_or_path", str(work / kind)]
+    merge.main([*flags, "--output_dir", str(out)])
+    contract = json.loads((out / "contract.json").read_text())
+    difference = contract["largest_probability_difference"]
+    assert difference["merged_against_adapter"] < 1e-5 < difference["adapter_against_base"]
+    assert contract["stage"] == "merged" and contract["labels"] == ["normal", "hate"]
+    assert (out / "model.safetensors").is_file() and (out / "tokenizer.json").is_file()
+    assert not (out / "adapter_config.json").exists()
+    for file in out.glob("*.json"):
+        assert str(work) not in file.read_text(), file
+    merge.main([*flags, "--output_dir", str(out)])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["merged"]
+
+
+def test_a_model_that_scores_otherwise_is_not_published(
+    merge: ModuleType,
+    alice: Hub,
+    work: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    """The base changes between the adapter's scores and the merged model's."""
+    load_base = merge.load_base
+
+    def changed(repo: object, *rest: object) -> object:
+        model = load_base(repo, *rest)
+        if repo.folder.name == "model":
+            for weight in model.parameters():
+                weight.data *= 1.1
+        return model
+
+    monkeypatch.setattr(merge, "load_base", changed)
+    flags = ["--adapter", str(work / "causal"), "--model_name_or_path", str(work / "llama")]
+    flags += ["--output_dir", str(tmp_path / "out"), "--hub_model_id", "alice/unequal"]
+    message = refusal(merge, capsys, *flags, code=1)
+    assert "differ from the adapter's" in message and "nothing is published" in message
+    assert not (tmp_path / "out").exists()
+    assert [commit["message"] for commit in alice.commits("alice/unequal")] == ["initial commit"]
+
+
+def test_what_it_refuses(
+    merge: ModuleType,
+    alice: Hub,
+    work: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    monkeypatch.setattr(merge, "load_base", lambda *_: pytest.fail("the model was loaded"))
+    out = ["--output_dir", str(tmp_path / "out")]
+    base = ["--model_name_or_path", str(work / "llama")]
+    adapter = ["--adapter", str(work / "causal")]
+    assert "no such repo" in refusal(merge, capsys, "--adapter", "alice/none", *out)
+    assert "does not exist" in refusal(merge, capsys, "--adapter", "./nowhere", *out)
+    assert "--model_name_or_path" in refusal(merge, capsys, *adapter, *out)
+    message = refusal(merge, capsys, "--adapter", "alice/a", "--hub_model_id", "alice/a")
+    assert "own repo" in message
+    for name in ("contract.json", "adapter_config.json", "adapter_model.safetensors"):
+        broken = tmp_path / name
+        shutil.copytree(work / "causal", broken, ignore=shutil.ignore_patterns("checkpoint-*"))
+        (broken / name).unlink()
+        message = refusal(merge, capsys, "--adapter", str(broken), *base, *out)
+        assert f"holds no {name}" in message
+    HfApi(token=alice.token).create_repo("alice/merge-open", private=False)
+    message = refusal(merge, capsys, *adapter, *base, "--hub_model_id", "alice/merge-open")
+    assert "is public" in message
+    monkeypatch.setenv("HF_TOKEN", "hf_alice_read")
+    message = refusal(merge, capsys, *adapter, *base, "--hub_model_id", "alice/merge-read")
+    assert "write access" in message
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("mine")
+    message = refusal(merge, capsys, *adapter, *base, "--output_dir", str(tmp_path / "mine"))
+    assert "files of something else" in message
+    assert not (tmp_path / "out").exists()
+
+
+def test_another_tokenizer_is_named_by_the_first_differing_token(
+    merge: ModuleType, work: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    copy = shutil.copytree(work / "causal", tmp_path / "copy")
+    template = copy / "chat_template.jinja"
+    template.write_text(template.read_text().replace("<|start|>", "<|start|>the "))
+    flags = ["--adapter", str(copy), "--model_name_or_path", str(work / "llama")]
+    message = refusal(merge, capsys, *flags, "--output_dir", str(tmp_path / "out"))
+    assert "another prompt" in message and "token 1 was" in message
