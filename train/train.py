@@ -1638,8 +1638,19 @@ def load_base(
     else:
         kind = transformers.AutoModelForCausalLM
     place = str(base.folder) if base.folder else base.name
+    # The library only warns of weights it draws at random; here they are checked.
+    transformers.logging.set_verbosity_error()
     with hub_errors(f"load the base model {base.name}"):
-        model = kind.from_pretrained(place, **options)
+        model, report = kind.from_pretrained(place, output_loading_info=True, **options)
+    transformers.logging.set_verbosity_warning()
+    body = f"{model.base_model_prefix}."
+    lost = [
+        name
+        for name in report["missing_keys"]
+        if task == "causal" or (name.startswith(body) and ".pooler." not in name)
+    ]
+    if lost:
+        fail(f"{base.name} lacks {len(lost)} of its weights, for example {sorted(lost)[0]}.")
     return model
 
 
