@@ -285,7 +285,7 @@ def prepare_target(target: str | None, allow_public: bool) -> str:
     if target is None:
         target = f"{own_namespace()}/hsd-data"
     if not is_folder(target):
-        prepare_repo(target, "dataset", allow_public)
+        prepare_repo(target, "dataset", "dataset", allow_public)
         return target
     folder = Path(target).expanduser().resolve()
     if folder.exists() and not folder.is_dir():
@@ -1074,8 +1074,9 @@ def flag_names(tokens: list[str], aliases: dict[str, str]) -> list[str]:
 def settings_as_flags(settings: dict[str, Any]) -> list[str]:
     """Turn a config file's or a preset's entries into flags, so that one parser checks them all."""
     flags: list[str] = []
-    for name, value in settings.items():
-        if value is None or value == "" or name.startswith("_"):
+    for key, value in settings.items():
+        name = str(key)
+        if value in (None, "", []) or name.startswith("_"):
             continue
         if isinstance(value, list):
             flags += [f"--{name}", *map(str, value)]
@@ -1096,8 +1097,11 @@ def parse_layer(
     known, unknown = parser.parse_known_args(flag_names(tokens, aliases), blank)
     if unknown:
         name = unknown[0].partition("=")[0]
-        flags = [option for action in actions for option in action.option_strings]
-        near = difflib.get_close_matches(name, flags, n=1, cutoff=0.5)
+        # The documented flags first: undocumented ones are many, and one is always near.
+        shown = [action for action in actions if action.help != argparse.SUPPRESS]
+        flags = [[flag for one in some for flag in one.option_strings] for some in (shown, actions)]
+        near = difflib.get_close_matches(name, flags[0], n=1, cutoff=0.7)
+        near = near or difflib.get_close_matches(name, flags[1], n=1, cutoff=0.5)
         hint = f"Did you mean {near[0]}?" if near else "See --help for the flags there are."
         fail(f"unknown argument {name} ({origin}). {hint}")
     return {name: value for name, value in vars(known).items() if value is not unset}
@@ -1127,12 +1131,13 @@ def resolve_arguments(
 ) -> argparse.Namespace:
     """Merge flag > environment > --config_file > --preset > default; print what is no default."""
     aliases = aliases or {}
-    documented = [action for action in parser._actions if action.help != argparse.SUPPRESS]
     environment: dict[str, str] = {}
-    for action in documented:
+    for action in parser._actions:
         name = action.dest.upper()
+        if action.help == argparse.SUPPRESS or name == "HELP":
+            continue
         for variable in (f"HSD_{name}", *([name] if name in PLAIN_VARIABLES else [])):
-            if os.environ.get(variable) and variable not in ("HSD_HELP",):
+            if os.environ.get(variable):
                 environment.setdefault(action.dest, os.environ[variable])
     layers = [
         (
@@ -1255,7 +1260,9 @@ def hub_errors(action: str) -> Iterator[None]:
             )
         fail(f"cannot {action}: the Hub answered {status}. {error}", code=1)
     except (HTTPError, OSError) as error:
-        fail(f"cannot {action}: {type(error).__name__}: {error}", code=1)
+        # transformers wraps a gated repo's refusal into an OSError.
+        gated = "gated repo" in str(error)
+        fail(f"cannot {action}: {type(error).__name__}: {error}", code=2 if gated else 1)
 
 
 def own_namespace() -> str:
@@ -1266,35 +1273,43 @@ def own_namespace() -> str:
         return HfApi().whoami()["name"]
 
 
-def prepare_repo(name: str, kind: str, allow_public: bool) -> None:
+def prepare_repo(name: str, kind: str, stage: str, allow_public: bool) -> None:
     """Create the repo, private, where it is missing, and prove that this token may write to it.
 
-    The proof asks where an upload would go and leaves nothing behind, so a run that ends later on
-    bad data has changed nothing. An existing public repo is refused unless `allow_public`.
+    The proof asks where an upload would go and leaves nothing behind. Refused are an existing
+    public repo (unless `allow_public`) and one that holds anything but an earlier result of the
+    same stage.
     """
     from huggingface_hub import CommitOperationAdd, HfApi
 
     api = HfApi()
     with hub_errors(f"write to the {kind} repo {name}"):
         api.create_repo(name, repo_type=kind, private=True, exist_ok=True)
-        if not api.repo_info(name, repo_type=kind).private and not allow_public:
+        info = api.repo_info(name, repo_type=kind)
+        if not info.private and not allow_public:
             fail(
                 f"the {kind} repo {name} is public. Make it private, name another one, "
                 "or say --allow_public true."
             )
         probe = CommitOperationAdd(path_in_repo=CONTRACT, path_or_fileobj=b"{}")
         api.preupload_lfs_files(name, [probe], repo_type=kind)
+    files = {file.rfilename for file in info.siblings or []} - {".gitattributes", "README.md"}
+    if CONTRACT in files:
+        read_contract(Repo(name, kind, info.sha), stage)
+    elif files:
+        fail(f"the {kind} repo {name} holds files of something else, such as {min(files)}.")
 
 
 def commit(name: str, kind: str, operations: list[Any], message: str) -> str:
     """Commit all operations at once and return the commit's hash.
 
-    A failed commit is tried five times with growing pauses, honouring Retry-After; then the last
-    error is raised. The token in the description recognises a commit that was made although its
-    answer was lost.
+    A failed commit is tried five times with growing pauses, or after the time that the Hub's
+    rate-limit headers name; then the last error is raised. The token in the description
+    recognises a commit that was made although its answer was lost.
     """
     from httpx2 import HTTPError
     from huggingface_hub import HfApi, errors
+    from huggingface_hub.utils import parse_ratelimit_headers
 
     api, token = HfApi(), os.urandom(8).hex()
     for attempt in range(5):
@@ -1310,12 +1325,44 @@ def commit(name: str, kind: str, operations: list[Any], message: str) -> str:
             final = response is not None and response.status_code not in (429, 500, 502, 503, 504)
             if final or attempt == 4:
                 raise
-            retry_after = response.headers.get("Retry-After", "0") if response is not None else "0"
-            pause = max(2**attempt, int(retry_after) if retry_after.isdigit() else 0)
+            pause = 2**attempt
+            if response is not None:
+                limit = parse_ratelimit_headers(response.headers)
+                asked = response.headers.get("Retry-After", "")
+                pause = max(pause, limit.reset_in_seconds + 1 if limit else 0)
+                pause = max(pause, int(asked) if asked.isdigit() else 0)
             reason = f"{type(error).__name__}: {error}".splitlines()[0]
             print(f"the commit to {name} failed ({reason}); next try in {pause} s", flush=True)
             time.sleep(pause)
     raise AssertionError("the loop returns or raises")
+
+
+def read_contract(repo: Repo, stage: str) -> dict[str, Any]:
+    """Read contract.json and refuse one of another schema or another stage."""
+    file = repo.fetch(CONTRACT) / CONTRACT
+    if not file.is_file():
+        fail(
+            f"{repo.name} holds no {CONTRACT}: it was not written by this project's {stage} stage."
+        )
+    try:
+        contract = json.loads(file.read_text(encoding="utf-8"))
+        schema, found = contract["schema"], contract["stage"]
+    except (ValueError, KeyError, TypeError) as error:
+        fail(f"{CONTRACT} of {repo.name} is damaged ({error}). Run its stage again.")
+    if schema != SCHEMA:
+        fail(f"{repo.name} has a contract of schema {schema}; this script reads {SCHEMA}.")
+    if found != stage:
+        fail(f"{repo.name} was written by the stage {found!r}; give a repo of the stage {stage!r}.")
+    return contract
+
+
+def without_paths(value: Any) -> Any:
+    """Arguments with local paths cut to their last part: the rest speaks only of the machine."""
+    if isinstance(value, dict):
+        return {name: without_paths(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [without_paths(item) for item in value]
+    return Path(value).name if isinstance(value, str) and is_folder(value) else value
 
 
 def stage_record(
@@ -1332,11 +1379,7 @@ def stage_record(
         "stage": stage,
         "script": script,
         "script_sha256": hashlib.sha256(source.encode()).hexdigest(),
-        # A local path says something about the machine; its last part is all a reader needs.
-        "arguments": {
-            name: Path(value).name if isinstance(value, str) and is_folder(value) else value
-            for name, value in vars(arguments).items()
-        },
+        "arguments": without_paths(vars(arguments)),
         "inputs": [repo.as_input() for repo in inputs],
         "packages": packages,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),

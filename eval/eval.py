@@ -51,7 +51,6 @@ import random
 import re
 import shlex
 import sys
-import tempfile
 import time
 import warnings
 from collections import Counter
@@ -60,6 +59,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, NoReturn
 
 SCRIPT = "eval/eval.py"
@@ -245,7 +245,7 @@ def check_push(args: argparse.Namespace, adapter: Repo | None) -> bool:
         fail("--push has no repo to push to: give the adapter by its Hub id.")
     if not has_repo or args.push is False:
         return False
-    prepare_repo(adapter.name, "model", args.allow_public)
+    prepare_repo(adapter.name, "model", "adapter", args.allow_public)
     return True
 
 
@@ -471,7 +471,9 @@ def choose_dtype(name: str, device: str) -> str:
 
     if name != "auto":
         return name
-    return "bfloat16" if device == "cuda" and torch.cuda.is_bf16_supported() else "float32"
+    # Emulated bfloat16, as on a T4, is slower than float32.
+    native = device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return "bfloat16" if native else "float32"
 
 
 def load_model(
@@ -899,7 +901,7 @@ def draft_folder(target: Path) -> Iterator[Path]:
     """A folder inside the target, on its file system, that is gone at the end."""
     try:
         target.mkdir(parents=True, exist_ok=True)
-        draft = tempfile.TemporaryDirectory(dir=target, prefix=".draft-")
+        draft = TemporaryDirectory(dir=target, prefix=".draft-")
     except OSError as error:
         fail(f"cannot write to {target}: {error.strerror}. Name another --output_dir.")
     with draft as folder:
@@ -1390,8 +1392,9 @@ def flag_names(tokens: list[str], aliases: dict[str, str]) -> list[str]:
 def settings_as_flags(settings: dict[str, Any]) -> list[str]:
     """Turn a config file's or a preset's entries into flags, so that one parser checks them all."""
     flags: list[str] = []
-    for name, value in settings.items():
-        if value is None or value == "" or name.startswith("_"):
+    for key, value in settings.items():
+        name = str(key)
+        if value in (None, "", []) or name.startswith("_"):
             continue
         if isinstance(value, list):
             flags += [f"--{name}", *map(str, value)]
@@ -1412,8 +1415,11 @@ def parse_layer(
     known, unknown = parser.parse_known_args(flag_names(tokens, aliases), blank)
     if unknown:
         name = unknown[0].partition("=")[0]
-        flags = [option for action in actions for option in action.option_strings]
-        near = difflib.get_close_matches(name, flags, n=1, cutoff=0.5)
+        # The documented flags first: undocumented ones are many, and one is always near.
+        shown = [action for action in actions if action.help != argparse.SUPPRESS]
+        flags = [[flag for one in some for flag in one.option_strings] for some in (shown, actions)]
+        near = difflib.get_close_matches(name, flags[0], n=1, cutoff=0.7)
+        near = near or difflib.get_close_matches(name, flags[1], n=1, cutoff=0.5)
         hint = f"Did you mean {near[0]}?" if near else "See --help for the flags there are."
         fail(f"unknown argument {name} ({origin}). {hint}")
     return {name: value for name, value in vars(known).items() if value is not unset}
@@ -1443,12 +1449,13 @@ def resolve_arguments(
 ) -> argparse.Namespace:
     """Merge flag > environment > --config_file > --preset > default; print what is no default."""
     aliases = aliases or {}
-    documented = [action for action in parser._actions if action.help != argparse.SUPPRESS]
     environment: dict[str, str] = {}
-    for action in documented:
+    for action in parser._actions:
         name = action.dest.upper()
+        if action.help == argparse.SUPPRESS or name == "HELP":
+            continue
         for variable in (f"HSD_{name}", *([name] if name in PLAIN_VARIABLES else [])):
-            if os.environ.get(variable) and variable not in ("HSD_HELP",):
+            if os.environ.get(variable):
                 environment.setdefault(action.dest, os.environ[variable])
     layers = [
         (
@@ -1586,7 +1593,9 @@ def hub_errors(action: str) -> Iterator[None]:
             )
         fail(f"cannot {action}: the Hub answered {status}. {error}", code=1)
     except (HTTPError, OSError) as error:
-        fail(f"cannot {action}: {type(error).__name__}: {error}", code=1)
+        # transformers wraps a gated repo's refusal into an OSError.
+        gated = "gated repo" in str(error)
+        fail(f"cannot {action}: {type(error).__name__}: {error}", code=2 if gated else 1)
 
 
 def own_namespace() -> str:
@@ -1597,35 +1606,43 @@ def own_namespace() -> str:
         return HfApi().whoami()["name"]
 
 
-def prepare_repo(name: str, kind: str, allow_public: bool) -> None:
+def prepare_repo(name: str, kind: str, stage: str, allow_public: bool) -> None:
     """Create the repo, private, where it is missing, and prove that this token may write to it.
 
-    The proof asks where an upload would go and leaves nothing behind, so a run that ends later on
-    bad data has changed nothing. An existing public repo is refused unless `allow_public`.
+    The proof asks where an upload would go and leaves nothing behind. Refused are an existing
+    public repo (unless `allow_public`) and one that holds anything but an earlier result of the
+    same stage.
     """
     from huggingface_hub import CommitOperationAdd, HfApi
 
     api = HfApi()
     with hub_errors(f"write to the {kind} repo {name}"):
         api.create_repo(name, repo_type=kind, private=True, exist_ok=True)
-        if not api.repo_info(name, repo_type=kind).private and not allow_public:
+        info = api.repo_info(name, repo_type=kind)
+        if not info.private and not allow_public:
             fail(
                 f"the {kind} repo {name} is public. Make it private, name another one, "
                 "or say --allow_public true."
             )
         probe = CommitOperationAdd(path_in_repo=CONTRACT, path_or_fileobj=b"{}")
         api.preupload_lfs_files(name, [probe], repo_type=kind)
+    files = {file.rfilename for file in info.siblings or []} - {".gitattributes", "README.md"}
+    if CONTRACT in files:
+        read_contract(Repo(name, kind, info.sha), stage)
+    elif files:
+        fail(f"the {kind} repo {name} holds files of something else, such as {min(files)}.")
 
 
 def commit(name: str, kind: str, operations: list[Any], message: str) -> str:
     """Commit all operations at once and return the commit's hash.
 
-    A failed commit is tried five times with growing pauses, honouring Retry-After; then the last
-    error is raised. The token in the description recognises a commit that was made although its
-    answer was lost.
+    A failed commit is tried five times with growing pauses, or after the time that the Hub's
+    rate-limit headers name; then the last error is raised. The token in the description
+    recognises a commit that was made although its answer was lost.
     """
     from httpx2 import HTTPError
     from huggingface_hub import HfApi, errors
+    from huggingface_hub.utils import parse_ratelimit_headers
 
     api, token = HfApi(), os.urandom(8).hex()
     for attempt in range(5):
@@ -1641,12 +1658,25 @@ def commit(name: str, kind: str, operations: list[Any], message: str) -> str:
             final = response is not None and response.status_code not in (429, 500, 502, 503, 504)
             if final or attempt == 4:
                 raise
-            retry_after = response.headers.get("Retry-After", "0") if response is not None else "0"
-            pause = max(2**attempt, int(retry_after) if retry_after.isdigit() else 0)
+            pause = 2**attempt
+            if response is not None:
+                limit = parse_ratelimit_headers(response.headers)
+                asked = response.headers.get("Retry-After", "")
+                pause = max(pause, limit.reset_in_seconds + 1 if limit else 0)
+                pause = max(pause, int(asked) if asked.isdigit() else 0)
             reason = f"{type(error).__name__}: {error}".splitlines()[0]
             print(f"the commit to {name} failed ({reason}); next try in {pause} s", flush=True)
             time.sleep(pause)
     raise AssertionError("the loop returns or raises")
+
+
+def without_paths(value: Any) -> Any:
+    """Arguments with local paths cut to their last part: the rest speaks only of the machine."""
+    if isinstance(value, dict):
+        return {name: without_paths(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [without_paths(item) for item in value]
+    return Path(value).name if isinstance(value, str) and is_folder(value) else value
 
 
 def stage_record(
@@ -1663,11 +1693,7 @@ def stage_record(
         "stage": stage,
         "script": script,
         "script_sha256": hashlib.sha256(source.encode()).hexdigest(),
-        # A local path says something about the machine; its last part is all a reader needs.
-        "arguments": {
-            name: Path(value).name if isinstance(value, str) and is_folder(value) else value
-            for name, value in vars(arguments).items()
-        },
+        "arguments": without_paths(vars(arguments)),
         "inputs": [repo.as_input() for repo in inputs],
         "packages": packages,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -1707,29 +1733,38 @@ def read_rows(repo: Repo, config: str, split: str) -> list[dict[str, Any]]:
     A row of an SFT config also has `prompt` and `completion`, both lists of messages.
     """
     from datasets import ClassLabel, get_dataset_config_names, get_dataset_split_names, load_dataset
+    from datasets.exceptions import DatasetGenerationError
 
     place = str(repo.folder) if repo.folder else repo.name
-    with hub_errors(f"read {config}/{split} of {repo.name}"):
+    with hub_errors(f"read {config}/{split} of {repo.name}"), TemporaryDirectory() as fresh:
         configs = get_dataset_config_names(place, revision=repo.revision)
         if config not in configs:
             fail(f"{repo.name} has no config {config!r}. There are: {', '.join(configs)}.")
         splits = get_dataset_split_names(place, config, revision=repo.revision)
         if split not in splits:
             fail(f"{repo.name} has no split {split!r} in {config}. There are: {', '.join(splits)}.")
-        data = load_dataset(place, config, split=split, revision=repo.revision)
-    missing = {"id", "text", "label", "target_groups"} - set(data.column_names)
+        # The library's cache knows a folder by its name alone and would return an older build.
+        cache = fresh if repo.folder else None
+        try:
+            data = load_dataset(
+                place, config, split=split, revision=repo.revision, cache_dir=cache
+            ).with_format("arrow")
+        except DatasetGenerationError as error:
+            reason = str(error.__cause__ or error).splitlines()[0]
+            fail(f"{repo.name} ({config}/{split}) cannot be read: {reason}", code=2)
+        table, features = data[:], data.features
+    missing = {"id", "text", "label", "target_groups"} - set(table.column_names)
     if missing:
         fail(
             f"{repo.name} ({config}/{split}) lacks the columns {', '.join(sorted(missing))}. "
-            f"It has: {', '.join(data.column_names)}."
+            f"It has: {', '.join(table.column_names)}."
         )
-    if not len(data):
+    if not len(table):
         fail(f"{repo.name} ({config}/{split}) is empty.")
-    feature = data.features["label"]
-    rows = data.to_list()
-    if isinstance(feature, ClassLabel):
+    rows = table.to_pylist()
+    if isinstance(features["label"], ClassLabel):
         for row in rows:
-            row["label"] = feature.int2str(row["label"])
+            row["label"] = features["label"].int2str(row["label"])
     return rows
 
 
@@ -1754,17 +1789,40 @@ def read_jsonl(path: str, labels: list[str]) -> list[dict[str, Any]]:
             row = json.loads(line)
         except ValueError as error:
             fail(f"{path} line {number} is not JSON: {error}")
-        if not isinstance(row, dict) or not ("messages" in row or {"text", "label"} <= set(row)):
-            fail(f"{path} line {number} needs `text` and `label`, or `messages`.")
+        check_line(row, f"{path} line {number}")
         if "messages" not in row:
             names = {str(index): name for index, name in enumerate(labels)}
             row["label"] = names.get(str(row["label"]), row["label"])
+        groups = row.get("target_groups") or []
+        row["target_groups"] = [groups] if isinstance(groups, str) else groups
         row.setdefault("id", f"{file.stem}-{number}")
-        row.setdefault("target_groups", [])
         rows.append(row)
     if not rows:
         fail(f"{path} is empty.")
     return rows
+
+
+def check_line(row: Any, origin: str) -> None:
+    """End on a row of a JSONL file that has neither a post with a label nor messages."""
+    if not isinstance(row, dict) or not ("messages" in row or {"text", "label"} <= set(row)):
+        fail(f"{origin} needs `text` and `label`, or `messages`.")
+    messages = row.get("messages", [{"role": "user", "content": row.get("text")}])
+    valid = isinstance(messages, list) and all(
+        isinstance(message, dict)
+        and isinstance(message.get("role"), str)
+        and isinstance(message.get("content"), str)
+        for message in messages
+    )
+    if not valid:
+        fail(f"{origin}: a `text`, and each message's `role` and `content`, must be a string.")
+    if "messages" in row and [message["role"] for message in messages][-2:] != [
+        "user",
+        "assistant",
+    ]:
+        fail(f"{origin}: `messages` must end with one of the user and the assistant's answer.")
+    groups = row.get("target_groups") or []
+    if not isinstance(groups, (str, list)) or not all(isinstance(group, str) for group in groups):
+        fail(f"{origin}: `target_groups` must be a list of names.")
 
 
 def check_labels(rows: list[dict[str, Any]], labels: list[str], origin: str) -> None:
@@ -2071,7 +2129,10 @@ def load_base(
     # The library only warns of weights it draws at random; here they are checked.
     transformers.logging.set_verbosity_error()
     with hub_errors(f"load the base model {base.name}"):
-        model, report = kind.from_pretrained(place, output_loading_info=True, **options)
+        try:
+            model, report = kind.from_pretrained(place, output_loading_info=True, **options)
+        except ValueError as error:
+            fail(f"{base.name} cannot be loaded for the task {task}: {error}")
     transformers.logging.set_verbosity_warning()
     body = f"{model.base_model_prefix}."
     lost = [

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -59,7 +60,7 @@ def refusal(train: ModuleType, capsys: pytest.CaptureFixture, *argv: str, code: 
         train.main(list(argv))
     message = capsys.readouterr().err
     assert end.value.code == code, message
-    assert message.startswith("error: ") and "Traceback" not in message
+    assert "error: " in message and "Traceback" not in message
     return message
 
 
@@ -156,6 +157,7 @@ def test_a_config_file_of_another_trainer_is_accepted_as_it_stands(
         (["--train_file", "x", "--dataset_repo", "a/b"], "name one source"),
         (["--output_dir", "out", "--train_file", "none.jsonl"], "does not exist"),
         (["--config_file", "none.json"], "is not a file"),
+        (["--hub_token", "hf_secret"], "unknown argument --hub_token"),
     ],
 )
 def test_wrong_arguments_end_with_one_message(
@@ -168,9 +170,27 @@ def test_an_unknown_key_of_a_config_file_is_named_with_the_nearest(
     train: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     config = tmp_path / "run.yaml"
-    config.write_text("lora_rank_r: 3\n")
+    config.write_text("lora_rank: 3\n")
     message = refusal(train, capsys, "--config_file", str(config))
-    assert "--lora_rank_r (config file)" in message
+    assert "--lora_rank (config file). Did you mean --lora_r" in message
+
+
+def test_a_flag_beats_a_variable_of_another_source_of_data(
+    train: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setenv("DATASET_REPO", "alice/elsewhere")
+    args = train.parse_args(["--train_file", "posts.jsonl"])
+    train.check_training_arguments(args)
+    assert args.dataset_repo is None
+    assert "--train_file beats DATASET_REPO" in capsys.readouterr().out
+
+
+def test_group_by_length_lives_on(train: ModuleType) -> None:
+    args = train.parse_args(["--group_by_length", "true", "--deepspeed", "ds.json"])
+    assert args.trainer_fields == {
+        "train_sampling_strategy": "group_by_length",
+        "deepspeed": "ds.json",
+    }
 
 
 # --- what it refuses -------------------------------------------------------------------------
@@ -188,6 +208,9 @@ def test_no_token(train: ModuleType, hub: Hub, capsys: pytest.CaptureFixture) ->
         ('{"text": "a", "label": "spam"}\n', "unknown labels ['spam']"),
         ('{"text": "a", "label": 2}\n', "unknown labels ['2']"),
         ("not json\n", "line 1 is not JSON"),
+        ('{"text": null, "label": "hate"}\n', "must be a string"),
+        ('{"text": "a", "label": "hate", "target_groups": [3]}\n', "must be a list of names"),
+        ('{"messages": []}\n', "must end with"),
     ],
 )
 def test_bad_training_files(
@@ -234,6 +257,119 @@ def test_missing_repos_and_revisions(
     assert "holds no contract.json" in refusal(train, capsys, "--dataset_repo", "alice/bare")
 
 
+def dataset_folder(folder: Path, rows: dict[str, list[dict[str, Any]]]) -> Path:
+    """A dataset repo as a folder, with the rows of the config `simple` by split."""
+    from datasets import Dataset
+
+    for split, content in rows.items():
+        (folder / "simple").mkdir(parents=True, exist_ok=True)
+        Dataset.from_list(content).to_parquet(folder / "simple" / f"{split}.parquet")
+    files = "".join(f"\n  - split: {split}\n    path: simple/{split}.parquet" for split in rows)
+    card = f"---\nconfigs:\n- config_name: simple\n  data_files:{files}\n---\n"
+    (folder / "README.md").write_text(card)
+    prompt = {"description": "", "system": "", "user": "{text}", "answer": "{label}"}
+    contract = {"schema": 1, "stage": "dataset", "labels": ["normal", "hate"], "groups": []}
+    contract |= {"positive_label": "hate", "prompts": {"simple": prompt}}
+    (folder / "contract.json").write_text(json.dumps(contract))
+    return folder
+
+
+def simple_row(**changes: Any) -> dict[str, Any]:
+    row = {"id": "1", "text": "a", "label": "hate", "target_groups": ["x"]}
+    row["prompt"] = [{"role": "user", "content": "a"}]
+    row["completion"] = [{"role": "assistant", "content": "hate"}]
+    return {key: value for key, value in (row | changes).items() if value is not None}
+
+
+@pytest.mark.parametrize(
+    ("rows", "flags", "says"),
+    [
+        ({"train": [simple_row(text=None)]}, [], "lacks the columns text"),
+        ({"train": [simple_row(prompt=None)]}, [], "lacks the columns prompt"),
+        ({"train": [simple_row(label="spam")]}, [], "unknown labels ['spam']"),
+        ({"train": [simple_row()]}, [], "has no split 'validation'"),
+        ({"train": [simple_row()]}, ["--dataset_config", "other"], "has no config 'other'"),
+    ],
+)
+def test_bad_dataset_repos(
+    train: ModuleType,
+    files: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture,
+    rows: dict[str, list[dict[str, Any]]],
+    flags: list[str],
+    says: str,
+) -> None:
+    if says.startswith(("lacks", "unknown")):
+        rows = rows | {"validation": rows["train"]}
+    folder = dataset_folder(tmp_path / "data", rows)
+    capsys.readouterr()
+    argv = ["--dataset_repo", str(folder), "--output_dir", str(tmp_path / "out"), *flags]
+    message = refusal(train, capsys, *argv, "--model_name_or_path", str(files / "llama"))
+    assert says in message
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_rebuilt_folder_is_read_anew(train: ModuleType, tmp_path: Path) -> None:
+    for text in ("first", "second"):
+        folder = dataset_folder(tmp_path / text / "data", {"train": [simple_row(text=text)]})
+        rows = train.read_rows(train.open_repo(str(folder), "dataset"), "simple", "train")
+        assert [row["text"] for row in rows] == [text]
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (["--lr_scheduler_type", "cosin"], "cosin"),
+        (["--eval_strategy", "epoch"], "strategy"),
+        (["--task", "classify", "--packing", "true"], "packing"),
+        (["--lora_target_modules", "q_porj"], "no such modules"),
+        (["--load_in_4bit", "--model_name_or_path", "MXFP4"], "stored as mxfp4"),
+    ],
+)
+def test_a_start_that_fails_leaves_no_run_behind(
+    train: ModuleType,
+    alice: Hub,
+    files: Path,
+    base: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture,
+    flags: list[str],
+    says: str,
+) -> None:
+    quantised = shutil.copytree(files / "llama", tmp_path / "quantised")
+    config = json.loads((quantised / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "mxfp4"}
+    (quantised / "config.json").write_text(json.dumps(config))
+    argv = short_run(files, "--model_name_or_path", base, "--hub_model_id", "alice/unbegun")
+    flags = [str(quantised) if flag == "MXFP4" else flag for flag in flags]
+    assert says in refusal(train, capsys, *argv, *flags)
+    api = HfApi(token=alice.token)
+    if api.repo_exists("alice/unbegun"):
+        assert "contract.json" not in api.list_repo_files("alice/unbegun")
+
+
+def test_a_repo_of_something_else_is_left_alone(
+    train: ModuleType, alice: Hub, files: Path, base: str, capsys: pytest.CaptureFixture
+) -> None:
+    argv = short_run(files, "--model_name_or_path", base, "--hub_model_id", base)
+    assert "holds files of something else" in refusal(train, capsys, *argv)
+
+
+def test_a_base_that_lacks_weights_is_refused(
+    train: ModuleType, files: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    from safetensors.torch import load_file, save_file
+
+    broken = shutil.copytree(files / "llama", tmp_path / "broken")
+    weights = load_file(broken / "model.safetensors")
+    weights.pop("model.layers.1.mlp.up_proj.weight")
+    save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
+    argv = short_run(files, "--model_name_or_path", str(broken))
+    message = refusal(train, capsys, *argv, "--output_dir", str(tmp_path / "out"))
+    assert "lacks 1 of its weights, for example model.layers.1.mlp.up_proj.weight" in message
+
+
 def test_a_large_model_without_a_gpu_is_refused_before_its_weights(
     train: ModuleType, files: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
@@ -270,7 +406,12 @@ def test_an_nvidia_device_that_torch_cannot_use_is_named(
 
 
 def test_a_resumed_run_keeps_its_arguments(
-    train: ModuleType, alice: Hub, files: Path, base: str, capsys: pytest.CaptureFixture
+    train: ModuleType,
+    alice: Hub,
+    files: Path,
+    base: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture,
 ) -> None:
     argv = short_run(files, "--model_name_or_path", base, "--hub_model_id", "alice/kept")
     train.main([*argv, "--max_steps", "4"])
@@ -279,6 +420,10 @@ def test_a_resumed_run_keeps_its_arguments(
     assert "lora_r: 32 -> 4" in message and "another --hub_model_id" in message
     train.main([*argv, "--max_steps", "4"])
     assert "complete at step 4: nothing to do" in capsys.readouterr().out
+    rows = tiny.post_rows()
+    tiny.write_jsonl(tmp_path / "train.jsonl", rows[100:164])
+    other = [*argv, "--max_steps", "4", "--train_file", str(tmp_path / "train.jsonl")]
+    assert "the training data has changed" in refusal(train, capsys, *other)
 
 
 # --- runs ------------------------------------------------------------------------------------
@@ -317,13 +462,15 @@ def test_what_is_pushed_is_private_complete_and_free_of_machine_paths(
     train: ModuleType, alice: Hub, files: Path, base: str, tmp_path: Path
 ) -> None:
     out = tmp_path / "work"
+    out.mkdir()
+    (out / "passwords.txt").write_text("mine")
     argv = short_run(files, "--model_name_or_path", base, "--hub_model_id", "alice/pushed")
     train.main([*argv, "--output_dir", str(out), "--max_steps", "12", "--keep_checkpoints", "1"])
     folder = alice.repo_folder("alice/pushed")
     names = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
     assert {"adapter_config.json", "adapter_model.safetensors", "contract.json"} <= names
     assert {"README.md", "tokenizer.json", "checkpoint-12/optimizer.pt"} <= names
-    assert not [name for name in names if "training_args" in name]
+    assert not [name for name in names if "training_args" in name or "passwords" in name]
     assert HfApi(token=alice.token).repo_info("alice/pushed").private
     for name in names:
         content = (folder / name).read_bytes()
@@ -374,6 +521,64 @@ def test_a_commit_that_fails_or_loses_its_answer_is_made_once(
     assert messages == ["Write 2", "Write 1", "initial commit"]
     assert 7 in pauses
     alice.clear_faults()
+
+
+def test_the_hubs_own_rate_limit_header_is_waited_for(
+    train: ModuleType, alice: Hub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from huggingface_hub import CommitOperationAdd
+
+    pauses: list[float] = []
+    monkeypatch.setattr(time, "sleep", pauses.append)
+    HfApi(token=alice.token).create_repo("alice/limited", private=True)
+    limit = {"RateLimit": '"api";r=0;t=55'}
+    alice.add_fault(method="POST", path=r"/commit/main$", status=429, headers=limit)
+    train.commit("alice/limited", "model", [CommitOperationAdd("file", b"1")], "Write")
+    assert 56 in pauses
+    alice.clear_faults()
+
+
+def test_a_best_checkpoint_whose_push_failed_follows_with_the_next(
+    train: ModuleType, alice: Hub, files: Path, base: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(time, "sleep", lambda _: None)
+    alice.add_fault(method="POST", path="alice/late/commit/", status=500, skip=1, times=5)
+    argv = short_run(files, "--model_name_or_path", base, "--hub_model_id", "alice/late")
+    train.main([*argv, "--greater_is_better", "true"])
+    alice.clear_faults()
+    folder = alice.repo_folder("alice/late")
+    assert (folder / "checkpoint-4/adapter_model.safetensors").is_file()
+    train.main([*argv, "--greater_is_better", "true", "--max_steps", "12"])
+    state = json.loads((folder / "contract.json").read_text())["training"]
+    assert state["step"] == 12
+
+
+def test_an_incomplete_checkpoint_is_named_and_skipped(
+    train: ModuleType, alice: Hub, files: Path, base: str, capsys: pytest.CaptureFixture
+) -> None:
+    argv = short_run(files, "--model_name_or_path", base, "--hub_model_id", "alice/holes")
+    train.main([*argv, "--early_stopping_patience", "0"])
+    api = HfApi(token=alice.token)
+    api.delete_file("checkpoint-8/optimizer.pt", "alice/holes")
+    capsys.readouterr()
+    train.main([*argv, "--early_stopping_patience", "0", "--max_steps", "12"])
+    printed = capsys.readouterr().out
+    assert "checkpoint-8 lacks optimizer.pt: skipped" in printed
+    assert "resuming from checkpoint-4" in printed
+
+
+def test_wandb_runs_offline_without_a_key_and_keeps_its_run(
+    train: ModuleType, files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_RUN_ID", "WANDB_RESUME", "WANDB_PROJECT"):
+        # Set first, so that what the script sets is undone at the end.
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    argv = short_run(files, "--model_name_or_path", str(files / "llama"), "--report_to", "wandb")
+    train.main([*argv, "--output_dir", str(tmp_path / "out"), "--max_steps", "2"])
+    run = json.loads((tmp_path / "out/contract.json").read_text())["training"]["wandb_run_id"]
+    assert list((tmp_path / "wandb").glob(f"offline-run-*-{run}"))
 
 
 def test_a_hub_that_refuses_checkpoints_does_not_stop_the_training(

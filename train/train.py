@@ -48,8 +48,10 @@ import difflib
 import hashlib
 import json
 import logging
+import math
 import os
 import re
+import shlex
 import shutil
 import sys
 import tempfile
@@ -61,6 +63,7 @@ from datetime import UTC, datetime
 from importlib.machinery import PathFinder
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, NoReturn
 
 SCRIPT = "train/train.py"
@@ -73,6 +76,7 @@ PLAIN_VARIABLES = ("DATASET_REPO", "HUB_MODEL_ID", "MAX_STEPS")
 PROBE_POST = "My neighbours moved in last week, said <|endoftext|> nobody. 42 % é \u4f60\u597d"
 NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")
 LABELS, POSITIVE_LABEL = ["normal", "hate"], "hate"
+LORA_TARGETS = ["q_proj", "v_proj"]
 PRESETS: dict[str, dict[str, Any]] = {
     "default": {},
     "high_capacity": {"lora_r": 64, "num_train_epochs": 5},
@@ -107,7 +111,7 @@ SAME_RUN = (
     *("train_file", "max_length", "seed", "lora_r", "lora_alpha", "lora_dropout"),
     *("lora_target_modules", "load_in_4bit", "bnb_4bit_quant_type", "learning_rate"),
     *("lr_scheduler_type", "warmup_steps", "weight_decay", "max_grad_norm"),
-    *("per_device_train_batch_size", "gradient_accumulation_steps"),
+    *("per_device_train_batch_size", "gradient_accumulation_steps", "dtype", "trainer_fields"),
 )
 # Documented flags that are fields of the trainer's config by the same name.
 TRAINER_FLAGS = (
@@ -120,6 +124,7 @@ CHECKPOINT_FILES = {
     "adapter_config.json",
     "adapter_model.safetensors",
     "optimizer.pt",
+    "rng_state.pth",
     "scheduler.pt",
     "trainer_state.json",
 }
@@ -156,7 +161,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     flag("--lora_r", type=int, default=32)
     flag("--lora_alpha", type=int, default=32)
     flag("--lora_dropout", type=float, default=0.05)
-    flag("--lora_target_modules", nargs="+", default=["q_proj", "v_proj"])
+    flag("--lora_target_modules", nargs="+", default=LORA_TARGETS)
     flag("--load_in_4bit", **switch, help="QLoRA: the base quantised to four bits, twice")
     flag("--bnb_4bit_quant_type", choices=["nf4", "fp4"], default="nf4")
     flag("--dtype", choices=["auto", "float32", "bfloat16"], default="auto")
@@ -187,12 +192,16 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     flag("--preset", default="default", help=", ".join(PRESETS))
     flag("--allow_public", **switch, help="push to a repo that is public")
     flag("--allow_cpu", **switch, help="train a model of more than 2B parameters without a GPU")
+    flag("--group_by_length", **switch | {"help": argparse.SUPPRESS})
     fields = add_trainer_fields(parser)
     args = resolve_arguments(parser, argv, PRESETS, ALIASES)
     args.trainer_fields = {name: vars(args).pop(name) for name in fields & vars(args).keys()}
     for name in args.trainer_fields.keys() & DECIDED_HERE.keys():
         print(f"--{name} has no effect: {DECIDED_HERE[name]}", flush=True)
         del args.trainer_fields[name]
+    if vars(args).pop("group_by_length"):
+        print("--group_by_length is now --train_sampling_strategy group_by_length", flush=True)
+        args.trainer_fields["train_sampling_strategy"] = "group_by_length"
     return args
 
 
@@ -218,7 +227,9 @@ def add_trainer_fields(parser: Parser) -> set[str]:
             if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name)
         ]
         for field in fields:
-            if field.target.id not in taken and not field.target.id.startswith("_"):
+            # A token never comes from a flag: it would stand in job pages and in the contract.
+            secret = field.target.id.startswith("_") or field.target.id.endswith("_token")
+            if field.target.id not in taken and not secret:
                 taken.add(field.target.id)
                 parser.add_argument(
                     f"--{field.target.id}",
@@ -236,13 +247,18 @@ def field_type(annotation: str) -> dict[str, Any]:
     if annotation.startswith("bool"):
         return {"type": boolean, "nargs": "?", "const": True}
     if "dict" in annotation:
-        return {"type": json.loads}
+        return {"type": json_or_text}
     if "list" in annotation:
         return {"nargs": "+"}
     for name, kind in (("float", float), ("int", int)):
         if annotation.startswith(name):
             return {"type": kind}
     return {}
+
+
+def json_or_text(text: str) -> Any:
+    """A JSON object as such; anything else is the path of one, which the trainer reads."""
+    return json.loads(text) if text.lstrip().startswith("{") else text
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -256,22 +272,20 @@ def main(argv: list[str] | None = None) -> None:
     data = read_data(args, earlier)
     base = open_base(args, earlier)
     config = read_base_config(base)
-    device = check_device(count_parameters(config), args.allow_cpu, training_job(args))
+    device = check_device(count_parameters(config), args.allow_cpu, training_job(argv))
     tokenizer = load_tokenizer(base)
     contract = build_contract(args, data, base, tokenizer, earlier)
     if earlier and is_finished(store, earlier, contract):
         return
     rows = encode_rows(args, data, tokenizer, contract)
+    settings = build_settings(args, config, device, bool(data.validation), store.folder)
     if store.repo:
-        prepare_repo(store.repo, "model", args.allow_public)
-    store.folder.mkdir(parents=True, exist_ok=True)
-    write_json(store.folder / CONTRACT, contract)
-    with hub_errors(f"write the contract to {store.name}"):
-        store.push([CONTRACT], f"Start {SCRIPT}")
-    start_wandb(args, contract)
+        prepare_repo(store.repo, "model", "adapter", args.allow_public)
     model = build_model(args, base, config, contract, device)
-    trainer = build_trainer(args, store, model, base, tokenizer, rows, device)
+    trainer = build_trainer(args, settings, model, base, tokenizer, rows)
     add_push_callback(trainer, store, contract, args.keep_checkpoints)
+    store.begin(contract)
+    start_wandb(args, contract)
     trainer.train(resume_from_checkpoint=store.fetch_checkpoint())
     finish(store, trainer, tokenizer, contract)
 
@@ -281,6 +295,9 @@ def main(argv: list[str] | None = None) -> None:
 
 def check_training_arguments(args: argparse.Namespace) -> None:
     """Refuse what cannot work before anything is opened."""
+    if args.train_file and args.dataset_repo in environment_values("DATASET_REPO"):
+        print(f"--train_file beats DATASET_REPO={args.dataset_repo} of the environment", flush=True)
+        args.dataset_repo = None
     if args.train_file and args.dataset_repo:
         fail("--train_file and --dataset_repo are both given; name one source of training data.")
     if args.validation_file and not args.train_file:
@@ -292,6 +309,12 @@ def check_training_arguments(args: argparse.Namespace) -> None:
         fail("a local run needs --dataset_repo (an id or a folder) or --train_file.")
     if args.hub_model_id and is_folder(args.hub_model_id):
         fail(f"--hub_model_id {args.hub_model_id} is a folder; say --output_dir for a local run.")
+
+
+def environment_values(name: str) -> list[str]:
+    """What the environment says for a flag, by either of its names."""
+    found = (os.environ.get(variable) for variable in (name, f"HSD_{name}"))
+    return [value for value in found if value]
 
 
 @dataclass
@@ -313,18 +336,22 @@ class Store:
         if self.repo is None:
             return [str(file.relative_to(self.folder)) for file in self.folder.rglob("*")]
         from huggingface_hub import HfApi
+        from huggingface_hub.errors import RepositoryNotFoundError
 
-        with hub_errors(f"list the files of {self.repo}"):
-            api = HfApi()
-            return api.list_repo_files(self.repo) if api.repo_exists(self.repo) else []
+        try:
+            return HfApi().list_repo_files(self.repo)
+        except RepositoryNotFoundError:
+            return []
 
     def read_contract(self) -> dict[str, Any] | None:
-        """The contract of the run that this one may continue, or None for a new repo."""
-        if CONTRACT not in self.files():
-            return None
-        if self.repo is None:
-            return read_contract(Repo(self.name, "model", None, self.folder), "adapter")
-        return read_contract(open_repo(self.repo, "model"), "adapter")
+        """The contract of the run that this one continues; None where nothing was saved yet."""
+        with hub_errors(f"list the files of {self.name}"):
+            if CONTRACT not in self.files():
+                return None
+            saved = self.checkpoints()
+        repo = Repo(self.name, "model", None, self.folder)
+        contract = read_contract(open_repo(self.repo, "model") if self.repo else repo, "adapter")
+        return contract if saved or contract["training"]["state"] == "complete" else None
 
     def checkpoints(self) -> list[int]:
         """Steps of the complete checkpoints, newest first; an incomplete one is named."""
@@ -347,7 +374,8 @@ class Store:
         The best one's path in trainer_state.json becomes this machine's: Trainer otherwise
         forgets it and ends with other weights than the uninterrupted run.
         """
-        steps = self.checkpoints()
+        with hub_errors(f"list the files of {self.name}"):
+            steps = self.checkpoints()
         if not steps:
             print(f"no checkpoint in {self.name}: training starts at step 0", flush=True)
             return None
@@ -355,8 +383,13 @@ class Store:
         state = json.loads((newest / "trainer_state.json").read_text(encoding="utf-8"))
         if state["best_model_checkpoint"]:
             best = Path(state["best_model_checkpoint"]).name
-            state["best_model_checkpoint"] = str(self.fetch(best))
-            write_json(newest / "trainer_state.json", state)
+            there = best in [f"checkpoint-{step}" for step in steps]
+            if not there:
+                print(
+                    f"the best one, {best}, is not in {self.name}: a new one is found", flush=True
+                )
+            state["best_model_checkpoint"] = str(self.fetch(best)) if there else None
+            write_state(newest / "trainer_state.json", state)
         print(
             f"resuming from checkpoint-{steps[0]} of {self.name}: step {state['global_step']} of "
             f"{state['max_steps']}, epoch {state['epoch']:.2f}",
@@ -372,6 +405,13 @@ class Store:
             source = open_repo(self.repo, "model").fetch(f"{checkpoint}/*") / checkpoint
             shutil.copytree(source, folder)
         return folder
+
+    def begin(self, contract: dict[str, Any]) -> None:
+        """Write the contract of a run whose model and trainer stand."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_json(self.folder / CONTRACT, contract)
+        with hub_errors(f"write the contract to {self.name}"):
+            self.push([CONTRACT], f"Start {SCRIPT}")
 
     def push(self, names: list[str], message: str, delete: list[str] | None = None) -> str:
         """Commit files of `folder` under their own names, and the removal of folders, at once.
@@ -397,8 +437,14 @@ def open_store(args: argparse.Namespace) -> Store:
         args.dataset_repo = f"{own_namespace()}/hsd-data"
     if not local and not args.hub_model_id:
         args.hub_model_id = f"{own_namespace()}/hsd-{args.run_name or 'lora'}"
-    folder = Path(args.output_dir or tempfile.mkdtemp(prefix="hsd-train-")).expanduser()
+    scratch = Path(tempfile.gettempdir()) / f"hsd-train-{os.getpid()}"
+    folder = Path(args.output_dir or scratch).expanduser()
     return Store(None if local else args.hub_model_id, folder)
+
+
+def write_state(file: Path, state: dict[str, Any]) -> None:
+    """Write trainer_state.json as Trainer does: a run that diverged has NaN in its history."""
+    file.write_text(json.dumps(state, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def check_same_run(args: argparse.Namespace, earlier: dict[str, Any], name: str) -> None:
@@ -460,12 +506,15 @@ def read_data(args: argparse.Namespace, earlier: dict[str, Any] | None) -> Data:
         check_labels(rows, contract["labels"], f"{source.name} ({name}/{split})")
     prompt = None
     if args.task == "causal":
-        if name not in contract["prompts"]:
+        strategies = contract.get("prompts", {})
+        if name not in strategies:
             fail(
                 f"{name!r} is no prompt strategy of {source.name}. "
-                f"There are: {', '.join(contract['prompts'])}."
+                f"There are: {', '.join(strategies) or 'none'}."
             )
-        prompt = {"name": name, **contract["prompts"][name]}
+        if missing := {"prompt", "completion"} - (train[0].keys() & validation[0].keys()):
+            fail(f"{source.name} ({name}) lacks the columns {', '.join(sorted(missing))}.")
+        prompt = {"name": name, **strategies[name]}
     print(f"labels {contract['labels']}, groups {contract['groups']} (from {source.name})")
     return Data(
         train,
@@ -575,19 +624,31 @@ def encode_conversations(
 
 def open_base(args: argparse.Namespace, earlier: dict[str, Any] | None) -> Repo:
     """The base model at one commit: for a resumed run the one it began with."""
-    revision = args.model_revision
-    if earlier and not is_folder(args.model_name_or_path):
+    if is_folder(args.model_name_or_path):
+        if args.hub_model_id:
+            print(f"warning: other machines do not have the base {args.model_name_or_path}")
+        return open_repo(args.model_name_or_path, "model")
+    name, _, revision = args.model_name_or_path.partition("@")
+    revision = args.model_revision or revision
+    if earlier:
         revision = earlier["base_model"]["revision"]
-    suffix = f"@{revision}" if revision else ""
-    return open_repo(args.model_name_or_path + suffix, "model")
+    return open_repo(f"{name}@{revision}" if revision else name, "model")
 
 
-def training_job(args: argparse.Namespace) -> str:
-    """The Job that runs this training on a GPU."""
-    return (
-        "hf jobs uv run --flavor a100-large train/train.py "
-        f"--model_name_or_path {args.model_name_or_path}"
-    )
+def training_job(argv: list[str] | None) -> str:
+    """This very command as a Job on a GPU."""
+    flags = shlex.join(sys.argv[1:] if argv is None else argv)
+    return f"hf jobs uv run --flavor a100-large {SCRIPT} {flags}"
+
+
+def folder_sha256(folder: Path) -> str:
+    """SHA-256 over a local model's config and weights, by file name: what stands for a commit."""
+    digest = hashlib.sha256()
+    for file in sorted([folder / "config.json", *folder.glob("*.safetensors")]):
+        with file.open("rb") as stream:
+            content = hashlib.file_digest(stream, "sha256").hexdigest()
+        digest.update(f"{file.name} {content}\n".encode())
+    return digest.hexdigest()
 
 
 def build_contract(
@@ -616,14 +677,20 @@ def build_contract(
         }
     ids = probe_ids(tokenizer, scaffold, data.prompt)
     if earlier:
-        check_probe(tokenizer, ids, earlier["rendering"]["probe_ids"], args.hub_model_id or "it")
+        check_probe(tokenizer, ids, earlier["rendering"]["probe_ids"], "this run")
+        if earlier["dataset"] != data.record:
+            fail(
+                f"the training data has changed: it was {earlier['dataset']} and is {data.record}. "
+                "Give the old data to resume, or name another repo or folder for a new run."
+            )
     inputs = [base] if data.source is None else [base, data.source]
     return stage_record("adapter", SCRIPT, args, inputs) | {
         "task": args.task,
         "labels": data.labels,
         "positive_label": data.positive_label,
         "groups": data.groups,
-        "base_model": base.as_input(),
+        "base_model": base.as_input()
+        | ({"sha256": folder_sha256(base.folder)} if base.folder else {}),
         "dataset": data.record,
         "prompt": data.prompt,
         "rendering": rendering
@@ -649,10 +716,7 @@ def build_model(
 
     # A classifier's new head and the LoRA weights are drawn from here on.
     set_seed(args.seed)
-    bf16 = device == "cuda" and torch.cuda.is_bf16_supported()
-    dtype = torch.bfloat16 if args.dtype == "bfloat16" else torch.float32
-    if args.dtype == "auto" and bf16:
-        dtype = torch.bfloat16
+    dtype = torch.bfloat16 if uses_bf16(args, device) else torch.float32
     quantization = None
     if args.load_in_4bit:
         stored = (getattr(config, "quantization_config", None) or {}).get("quant_method")
@@ -666,8 +730,19 @@ def build_model(
             bnb_4bit_quant_type=args.bnb_4bit_quant_type,
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=dtype,
+            # A new head is trained whole, so it cannot be quantised.
+            llm_int8_skip_modules=["classifier", "score", "lm_head"],
         )
     return load_base(base, config, args.task, contract["labels"], dtype, device, quantization)
+
+
+def uses_bf16(args: argparse.Namespace, device: str) -> bool:
+    """Whether base and autocast are bfloat16: as asked, or where a GPU computes in it natively."""
+    import torch
+
+    if args.dtype != "auto":
+        return args.dtype == "bfloat16"
+    return device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 def lora_config(args: argparse.Namespace, model: Any, base: Repo) -> Any:
@@ -677,6 +752,11 @@ def lora_config(args: argparse.Namespace, model: Any, base: Repo) -> Any:
     leaves = {name.rpartition(".")[2] for name, _ in model.named_modules()}
     targets: Any = args.lora_target_modules
     if targets != ["all-linear"] and not set(targets) & leaves:
+        if targets != LORA_TARGETS:
+            fail(
+                f"--lora_target_modules {' '.join(targets)}: the model has no such modules. Its "
+                f"modules are: {', '.join(sorted(leaves - {''}))}; or say all-linear."
+            )
         print(f"the model has no modules {', '.join(targets)}: LoRA on all-linear", flush=True)
         targets = ["all-linear"]
     return peft.LoraConfig(
@@ -692,9 +772,11 @@ def lora_config(args: argparse.Namespace, model: Any, base: Repo) -> Any:
 # --- training --------------------------------------------------------------------------------
 
 
-def trainer_options(args: argparse.Namespace, device: str, evaluates: bool, folder: Path) -> dict:
-    """Arguments of SFTConfig or TrainingArguments: ours, then the user's further fields."""
-    import torch
+def build_settings(
+    args: argparse.Namespace, config: Any, device: str, evaluates: bool, folder: Path
+) -> Any:
+    """SFTConfig or TrainingArguments: ours, then the user's further fields, as they allow."""
+    import transformers
 
     best = evaluates and args.early_stopping_patience > 0
     options = {name: getattr(args, name) for name in TRAINER_FLAGS} | {
@@ -708,29 +790,43 @@ def trainer_options(args: argparse.Namespace, device: str, evaluates: bool, fold
         # Without this the patience counts from zero after each resume.
         "restore_callback_states_from_checkpoint": True,
         "use_cpu": device == "cpu",
-        "bf16": device == "cuda" and torch.cuda.is_bf16_supported(),
+        "bf16": uses_bf16(args, device),
         "activation_checkpointing": device == "cuda",
         # A Job's log has no terminal to redraw a bar on.
         "disable_tqdm": not sys.stderr.isatty(),
     }
-    return options | args.trainer_fields
+    further = dict(args.trainer_fields)
+    if not evaluates:
+        for name in further.keys() & {"eval_strategy", "load_best_model_at_end"}:
+            print(f"--{name} has no effect: there is no validation data", flush=True)
+            del further[name]
+    kind = transformers.TrainingArguments
+    if args.task == "causal":
+        import trl
+
+        kind, options["max_length"] = trl.SFTConfig, args.max_length
+        if hasattr(config, "router_aux_loss_coef"):
+            # The experts' balance is no part of the task, and its loss would choose the weights.
+            options["router_aux_loss_coef"] = 0.0
+    try:
+        return kind(**options | further)
+    except (TypeError, ValueError) as error:
+        fail(f"{kind.__name__} refuses these arguments: {error}")
 
 
 def build_trainer(
     args: argparse.Namespace,
-    store: Store,
+    settings: Any,
     model: Any,
     base: Repo,
     tokenizer: Any,
     rows: tuple[list[dict[str, Any]], list[dict[str, Any]]],
-    device: str,
 ) -> Any:
     """TRL's SFTTrainer on token ids, or transformers' Trainer for a classifier, both with LoRA."""
     import transformers
     from datasets import Dataset
 
     train, validation = (Dataset.from_list(split) if split else None for split in rows)
-    options = trainer_options(args, device, validation is not None, store.folder)
     config = lora_config(args, model, base)
     common = {"train_dataset": train, "eval_dataset": validation, "processing_class": tokenizer}
     if args.task == "classify":
@@ -739,23 +835,19 @@ def build_trainer(
         model.config.pad_token_id = tokenizer.pad_token_id
         if args.load_in_4bit:
             model = peft.prepare_model_for_kbit_training(model)
-        trainer = transformers.Trainer(
-            peft.get_peft_model(model, config),
-            args=transformers.TrainingArguments(**options),
-            data_collator=transformers.DataCollatorWithPadding(tokenizer),
-            **common,
-        )
+        collator = transformers.DataCollatorWithPadding(tokenizer)
+        model = peft.get_peft_model(model, config)
+        trainer = transformers.Trainer(model, settings, data_collator=collator, **common)
     else:
         import trl
 
-        sft = trl.SFTConfig(max_length=args.max_length, **options)
-        trainer = trl.SFTTrainer(model, args=sft, peft_config=config, **common)
+        trainer = trl.SFTTrainer(model, args=settings, peft_config=config, **common)
     # TRL makes the LoRA weights of a quantised model bfloat16, but a resume loads them as
     # float32: only float32 from the start continues as the same run.
     for weight in trainer.model.parameters():
         if weight.requires_grad:
             weight.data = weight.data.float()
-    if options["load_best_model_at_end"]:
+    if settings.load_best_model_at_end and args.early_stopping_patience > 0:
         trainer.add_callback(
             transformers.EarlyStoppingCallback(
                 args.early_stopping_patience, args.early_stopping_threshold
@@ -797,23 +889,26 @@ def push_checkpoint(store: Store, contract: dict[str, Any], state: Any, keep: in
     best = Path(state.best_model_checkpoint or "").name
     file = store.folder / name / "trainer_state.json"
     saved = json.loads(file.read_text(encoding="utf-8"))
-    write_json(file, saved | {"best_model_checkpoint": best or None})
+    write_state(file, saved | {"best_model_checkpoint": best or None})
     record_base(store.folder / name, contract)
     contract["training"] |= {"step": state.global_step, "epoch": round(state.epoch, 4)}
     write_json(store.folder / CONTRACT, contract)
     if store.repo is None:
         return
-    files = [path.name for path in (store.folder / name).iterdir() if path.name not in UNPUSHED]
     try:
-        older = [step for step in store.checkpoints() if step != state.global_step]
-        stale = [f"checkpoint-{step}" for step in older[keep - 1 :]]
-        commit_hash = store.push(
-            [CONTRACT, *(f"{name}/{file}" for file in sorted(files))],
-            f"Save {name}",
-            delete=[checkpoint for checkpoint in stale if checkpoint != best],
-        )
+        there = [f"checkpoint-{step}" for step in store.checkpoints() if step != state.global_step]
+        # The best one is missing there when its own push failed.
+        missing = {best} - {*there, name, ""}
+        files = [
+            f"{checkpoint}/{path.name}"
+            for checkpoint in sorted({name} | missing)
+            for path in sorted((store.folder / checkpoint).iterdir())
+            if path.name not in UNPUSHED
+        ]
+        stale = [checkpoint for checkpoint in there[keep - 1 :] if checkpoint != best]
+        commit_hash = store.push([CONTRACT, *files], f"Save {name}", delete=stale)
         print(f"{name} is on the Hub: {store.repo}@{commit_hash[:8]}", flush=True)
-    except (HTTPError, OSError) as error:
+    except (HTTPError, OSError, RuntimeError) as error:
         print(f"{name} is NOT on the Hub: {error}", flush=True)
 
 
@@ -830,23 +925,28 @@ def start_wandb(args: argparse.Namespace, contract: dict[str, Any]) -> None:
 
 def finish(store: Store, trainer: Any, tokenizer: Any, contract: dict[str, Any]) -> None:
     """Push adapter, tokenizer, contract and card to the root in one commit; say where."""
-    trainer.save_model(str(store.folder))
-    tokenizer.save_pretrained(store.folder)
-    record_base(store.folder, contract)
+    final = store.folder / "final"
+    trainer.save_model(str(final))
+    tokenizer.save_pretrained(final)
+    record_base(final, contract)
     state = trainer.state
+    finite = state.best_metric is not None and math.isfinite(state.best_metric)
     contract["training"] |= {
         "state": "complete",
         "step": state.global_step,
         "epoch": round(state.epoch, 4),
-        "best_metric": state.best_metric,
+        "best_metric": state.best_metric if finite else None,
     }
-    write_json(store.folder / CONTRACT, contract)
-    (store.folder / "README.md").write_text(model_card(store, contract), encoding="utf-8")
-    names = [path.name for path in store.folder.iterdir() if path.is_file()]
+    write_json(final / CONTRACT, contract)
+    (final / "README.md").write_text(model_card(store, contract), encoding="utf-8")
+    (final / "training_args.bin").unlink()
+    # Only what was written just now is pushed: --output_dir may hold files of the user's.
+    names = sorted(path.name for path in final.iterdir())
+    for name in names:
+        (final / name).replace(store.folder / name)
+    final.rmdir()
     with hub_errors(f"push the adapter to {store.name}; it is still in {store.folder}"):
-        commit_hash = store.push(
-            sorted(set(names) - {"training_args.bin"}), f"Finish at step {state.global_step}"
-        )
+        commit_hash = store.push(names, f"Finish at step {state.global_step}")
     where = f"{store.repo}@{commit_hash[:8]}" if store.repo else str(store.folder)
     adapter = store.repo or store.folder.resolve()
     print(f"adapter: {where} (step {state.global_step}, epoch {state.epoch:.2f})", flush=True)
@@ -960,8 +1060,9 @@ def flag_names(tokens: list[str], aliases: dict[str, str]) -> list[str]:
 def settings_as_flags(settings: dict[str, Any]) -> list[str]:
     """Turn a config file's or a preset's entries into flags, so that one parser checks them all."""
     flags: list[str] = []
-    for name, value in settings.items():
-        if value is None or value == "" or name.startswith("_"):
+    for key, value in settings.items():
+        name = str(key)
+        if value in (None, "", []) or name.startswith("_"):
             continue
         if isinstance(value, list):
             flags += [f"--{name}", *map(str, value)]
@@ -982,8 +1083,11 @@ def parse_layer(
     known, unknown = parser.parse_known_args(flag_names(tokens, aliases), blank)
     if unknown:
         name = unknown[0].partition("=")[0]
-        flags = [option for action in actions for option in action.option_strings]
-        near = difflib.get_close_matches(name, flags, n=1, cutoff=0.5)
+        # The documented flags first: undocumented ones are many, and one is always near.
+        shown = [action for action in actions if action.help != argparse.SUPPRESS]
+        flags = [[flag for one in some for flag in one.option_strings] for some in (shown, actions)]
+        near = difflib.get_close_matches(name, flags[0], n=1, cutoff=0.7)
+        near = near or difflib.get_close_matches(name, flags[1], n=1, cutoff=0.5)
         hint = f"Did you mean {near[0]}?" if near else "See --help for the flags there are."
         fail(f"unknown argument {name} ({origin}). {hint}")
     return {name: value for name, value in vars(known).items() if value is not unset}
@@ -1013,12 +1117,13 @@ def resolve_arguments(
 ) -> argparse.Namespace:
     """Merge flag > environment > --config_file > --preset > default; print what is no default."""
     aliases = aliases or {}
-    documented = [action for action in parser._actions if action.help != argparse.SUPPRESS]
     environment: dict[str, str] = {}
-    for action in documented:
+    for action in parser._actions:
         name = action.dest.upper()
+        if action.help == argparse.SUPPRESS or name == "HELP":
+            continue
         for variable in (f"HSD_{name}", *([name] if name in PLAIN_VARIABLES else [])):
-            if os.environ.get(variable) and variable not in ("HSD_HELP",):
+            if os.environ.get(variable):
                 environment.setdefault(action.dest, os.environ[variable])
     layers = [
         (
@@ -1156,7 +1261,9 @@ def hub_errors(action: str) -> Iterator[None]:
             )
         fail(f"cannot {action}: the Hub answered {status}. {error}", code=1)
     except (HTTPError, OSError) as error:
-        fail(f"cannot {action}: {type(error).__name__}: {error}", code=1)
+        # transformers wraps a gated repo's refusal into an OSError.
+        gated = "gated repo" in str(error)
+        fail(f"cannot {action}: {type(error).__name__}: {error}", code=2 if gated else 1)
 
 
 def own_namespace() -> str:
@@ -1167,35 +1274,43 @@ def own_namespace() -> str:
         return HfApi().whoami()["name"]
 
 
-def prepare_repo(name: str, kind: str, allow_public: bool) -> None:
+def prepare_repo(name: str, kind: str, stage: str, allow_public: bool) -> None:
     """Create the repo, private, where it is missing, and prove that this token may write to it.
 
-    The proof asks where an upload would go and leaves nothing behind, so a run that ends later on
-    bad data has changed nothing. An existing public repo is refused unless `allow_public`.
+    The proof asks where an upload would go and leaves nothing behind. Refused are an existing
+    public repo (unless `allow_public`) and one that holds anything but an earlier result of the
+    same stage.
     """
     from huggingface_hub import CommitOperationAdd, HfApi
 
     api = HfApi()
     with hub_errors(f"write to the {kind} repo {name}"):
         api.create_repo(name, repo_type=kind, private=True, exist_ok=True)
-        if not api.repo_info(name, repo_type=kind).private and not allow_public:
+        info = api.repo_info(name, repo_type=kind)
+        if not info.private and not allow_public:
             fail(
                 f"the {kind} repo {name} is public. Make it private, name another one, "
                 "or say --allow_public true."
             )
         probe = CommitOperationAdd(path_in_repo=CONTRACT, path_or_fileobj=b"{}")
         api.preupload_lfs_files(name, [probe], repo_type=kind)
+    files = {file.rfilename for file in info.siblings or []} - {".gitattributes", "README.md"}
+    if CONTRACT in files:
+        read_contract(Repo(name, kind, info.sha), stage)
+    elif files:
+        fail(f"the {kind} repo {name} holds files of something else, such as {min(files)}.")
 
 
 def commit(name: str, kind: str, operations: list[Any], message: str) -> str:
     """Commit all operations at once and return the commit's hash.
 
-    A failed commit is tried five times with growing pauses, honouring Retry-After; then the last
-    error is raised. The token in the description recognises a commit that was made although its
-    answer was lost.
+    A failed commit is tried five times with growing pauses, or after the time that the Hub's
+    rate-limit headers name; then the last error is raised. The token in the description
+    recognises a commit that was made although its answer was lost.
     """
     from httpx2 import HTTPError
     from huggingface_hub import HfApi, errors
+    from huggingface_hub.utils import parse_ratelimit_headers
 
     api, token = HfApi(), os.urandom(8).hex()
     for attempt in range(5):
@@ -1211,12 +1326,25 @@ def commit(name: str, kind: str, operations: list[Any], message: str) -> str:
             final = response is not None and response.status_code not in (429, 500, 502, 503, 504)
             if final or attempt == 4:
                 raise
-            retry_after = response.headers.get("Retry-After", "0") if response is not None else "0"
-            pause = max(2**attempt, int(retry_after) if retry_after.isdigit() else 0)
+            pause = 2**attempt
+            if response is not None:
+                limit = parse_ratelimit_headers(response.headers)
+                asked = response.headers.get("Retry-After", "")
+                pause = max(pause, limit.reset_in_seconds + 1 if limit else 0)
+                pause = max(pause, int(asked) if asked.isdigit() else 0)
             reason = f"{type(error).__name__}: {error}".splitlines()[0]
             print(f"the commit to {name} failed ({reason}); next try in {pause} s", flush=True)
             time.sleep(pause)
     raise AssertionError("the loop returns or raises")
+
+
+def without_paths(value: Any) -> Any:
+    """Arguments with local paths cut to their last part: the rest speaks only of the machine."""
+    if isinstance(value, dict):
+        return {name: without_paths(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [without_paths(item) for item in value]
+    return Path(value).name if isinstance(value, str) and is_folder(value) else value
 
 
 def stage_record(
@@ -1233,11 +1361,7 @@ def stage_record(
         "stage": stage,
         "script": script,
         "script_sha256": hashlib.sha256(source.encode()).hexdigest(),
-        # A local path says something about the machine; its last part is all a reader needs.
-        "arguments": {
-            name: Path(value).name if isinstance(value, str) and is_folder(value) else value
-            for name, value in vars(arguments).items()
-        },
+        "arguments": without_paths(vars(arguments)),
         "inputs": [repo.as_input() for repo in inputs],
         "packages": packages,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -1277,29 +1401,38 @@ def read_rows(repo: Repo, config: str, split: str) -> list[dict[str, Any]]:
     A row of an SFT config also has `prompt` and `completion`, both lists of messages.
     """
     from datasets import ClassLabel, get_dataset_config_names, get_dataset_split_names, load_dataset
+    from datasets.exceptions import DatasetGenerationError
 
     place = str(repo.folder) if repo.folder else repo.name
-    with hub_errors(f"read {config}/{split} of {repo.name}"):
+    with hub_errors(f"read {config}/{split} of {repo.name}"), TemporaryDirectory() as fresh:
         configs = get_dataset_config_names(place, revision=repo.revision)
         if config not in configs:
             fail(f"{repo.name} has no config {config!r}. There are: {', '.join(configs)}.")
         splits = get_dataset_split_names(place, config, revision=repo.revision)
         if split not in splits:
             fail(f"{repo.name} has no split {split!r} in {config}. There are: {', '.join(splits)}.")
-        data = load_dataset(place, config, split=split, revision=repo.revision)
-    missing = {"id", "text", "label", "target_groups"} - set(data.column_names)
+        # The library's cache knows a folder by its name alone and would return an older build.
+        cache = fresh if repo.folder else None
+        try:
+            data = load_dataset(
+                place, config, split=split, revision=repo.revision, cache_dir=cache
+            ).with_format("arrow")
+        except DatasetGenerationError as error:
+            reason = str(error.__cause__ or error).splitlines()[0]
+            fail(f"{repo.name} ({config}/{split}) cannot be read: {reason}", code=2)
+        table, features = data[:], data.features
+    missing = {"id", "text", "label", "target_groups"} - set(table.column_names)
     if missing:
         fail(
             f"{repo.name} ({config}/{split}) lacks the columns {', '.join(sorted(missing))}. "
-            f"It has: {', '.join(data.column_names)}."
+            f"It has: {', '.join(table.column_names)}."
         )
-    if not len(data):
+    if not len(table):
         fail(f"{repo.name} ({config}/{split}) is empty.")
-    feature = data.features["label"]
-    rows = data.to_list()
-    if isinstance(feature, ClassLabel):
+    rows = table.to_pylist()
+    if isinstance(features["label"], ClassLabel):
         for row in rows:
-            row["label"] = feature.int2str(row["label"])
+            row["label"] = features["label"].int2str(row["label"])
     return rows
 
 
@@ -1324,17 +1457,40 @@ def read_jsonl(path: str, labels: list[str]) -> list[dict[str, Any]]:
             row = json.loads(line)
         except ValueError as error:
             fail(f"{path} line {number} is not JSON: {error}")
-        if not isinstance(row, dict) or not ("messages" in row or {"text", "label"} <= set(row)):
-            fail(f"{path} line {number} needs `text` and `label`, or `messages`.")
+        check_line(row, f"{path} line {number}")
         if "messages" not in row:
             names = {str(index): name for index, name in enumerate(labels)}
             row["label"] = names.get(str(row["label"]), row["label"])
+        groups = row.get("target_groups") or []
+        row["target_groups"] = [groups] if isinstance(groups, str) else groups
         row.setdefault("id", f"{file.stem}-{number}")
-        row.setdefault("target_groups", [])
         rows.append(row)
     if not rows:
         fail(f"{path} is empty.")
     return rows
+
+
+def check_line(row: Any, origin: str) -> None:
+    """End on a row of a JSONL file that has neither a post with a label nor messages."""
+    if not isinstance(row, dict) or not ("messages" in row or {"text", "label"} <= set(row)):
+        fail(f"{origin} needs `text` and `label`, or `messages`.")
+    messages = row.get("messages", [{"role": "user", "content": row.get("text")}])
+    valid = isinstance(messages, list) and all(
+        isinstance(message, dict)
+        and isinstance(message.get("role"), str)
+        and isinstance(message.get("content"), str)
+        for message in messages
+    )
+    if not valid:
+        fail(f"{origin}: a `text`, and each message's `role` and `content`, must be a string.")
+    if "messages" in row and [message["role"] for message in messages][-2:] != [
+        "user",
+        "assistant",
+    ]:
+        fail(f"{origin}: `messages` must end with one of the user and the assistant's answer.")
+    groups = row.get("target_groups") or []
+    if not isinstance(groups, (str, list)) or not all(isinstance(group, str) for group in groups):
+        fail(f"{origin}: `target_groups` must be a list of names.")
 
 
 def check_labels(rows: list[dict[str, Any]], labels: list[str], origin: str) -> None:
@@ -1641,7 +1797,10 @@ def load_base(
     # The library only warns of weights it draws at random; here they are checked.
     transformers.logging.set_verbosity_error()
     with hub_errors(f"load the base model {base.name}"):
-        model, report = kind.from_pretrained(place, output_loading_info=True, **options)
+        try:
+            model, report = kind.from_pretrained(place, output_loading_info=True, **options)
+        except ValueError as error:
+            fail(f"{base.name} cannot be loaded for the task {task}: {error}")
     transformers.logging.set_verbosity_warning()
     body = f"{model.base_model_prefix}."
     lost = [
