@@ -15,6 +15,7 @@ from hub import Hub
 os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="hf-home-")
 atexit.register(shutil.rmtree, os.environ["HF_HOME"], ignore_errors=True)
 os.environ.update(HF_HUB_DISABLE_TELEMETRY="1", HF_HUB_DISABLE_PROGRESS_BARS="1")
+os.environ["TQDM_DISABLE"] = "1"
 os.environ.pop("HF_TOKEN", None)
 # Tiny models are no faster on two threads, and much slower where another process is busy.
 os.environ.setdefault("OMP_NUM_THREADS", "1")

@@ -60,7 +60,7 @@ def refusal(train: ModuleType, capsys: pytest.CaptureFixture, *argv: str, code: 
         train.main(list(argv))
     message = capsys.readouterr().err
     assert end.value.code == code, message
-    assert "error: " in message and "Traceback" not in message
+    assert message.startswith("error: ") and "Traceback" not in message
     return message
 
 
