@@ -1258,11 +1258,14 @@ def hub_errors(action: str) -> Iterator[None]:
                 f"cannot {action}: this token may not. It needs write access to the repo's "
                 "namespace: make one of role `write` in the Hub's settings."
             )
-        fail(f"cannot {action}: the Hub answered {status}. {error}", code=1)
+        fail(f"cannot {action}: the Hub answered {status}. {str(error).splitlines()[0]}", code=1)
     except (HTTPError, OSError) as error:
         # transformers wraps a gated repo's refusal into an OSError.
         gated = "gated repo" in str(error)
         fail(f"cannot {action}: {type(error).__name__}: {error}", code=2 if gated else 1)
+    except ValueError as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        fail(f"cannot {action}: a file is damaged or of another form. {reason}")
 
 
 def own_namespace() -> str:

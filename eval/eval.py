@@ -494,15 +494,7 @@ def load_model(
     # A decoder with a classification head finds a row's last token by this id.
     model.config.pad_token_id = tokenizer.pad_token_id
     if adapter and not args.base_only:
-        import peft
-
-        folder = adapter.fetch("adapter_config.json", "adapter_model.safetensors")
-        with hub_errors(f"load the adapter {adapter.name}"), warnings.catch_warnings():
-            warnings.filterwarnings("error", message="Found missing adapter keys")
-            try:
-                model = peft.PeftModel.from_pretrained(model, folder)
-            except (UserWarning, RuntimeError, ValueError) as error:
-                fail(f"the adapter {adapter.name} does not fit the base {base.name}: {error}")
+        model = load_adapter(model, adapter, base)
     print(f"scoring on {device_name(device)} in {dtype}", flush=True)
     return model.eval()
 
@@ -1591,11 +1583,14 @@ def hub_errors(action: str) -> Iterator[None]:
                 f"cannot {action}: this token may not. It needs write access to the repo's "
                 "namespace: make one of role `write` in the Hub's settings."
             )
-        fail(f"cannot {action}: the Hub answered {status}. {error}", code=1)
+        fail(f"cannot {action}: the Hub answered {status}. {str(error).splitlines()[0]}", code=1)
     except (HTTPError, OSError) as error:
         # transformers wraps a gated repo's refusal into an OSError.
         gated = "gated repo" in str(error)
         fail(f"cannot {action}: {type(error).__name__}: {error}", code=2 if gated else 1)
+    except ValueError as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        fail(f"cannot {action}: a file is damaged or of another form. {reason}")
 
 
 def own_namespace() -> str:
@@ -2126,12 +2121,14 @@ def load_base(
     else:
         kind = transformers.AutoModelForCausalLM
     place = str(base.folder) if base.folder else base.name
+    from safetensors import SafetensorError
+
     # The library only warns of weights it draws at random; here they are checked.
     transformers.logging.set_verbosity_error()
     with hub_errors(f"load the base model {base.name}"):
         try:
             model, report = kind.from_pretrained(place, output_loading_info=True, **options)
-        except ValueError as error:
+        except (SafetensorError, ValueError) as error:
             fail(f"{base.name} cannot be loaded for the task {task}: {error}")
     transformers.logging.set_verbosity_warning()
     body = f"{model.base_model_prefix}."
@@ -2247,6 +2244,20 @@ def open_trained_base(args: argparse.Namespace, contract: dict[str, Any]) -> Rep
         )
     print(f"base model {base['repo']} at {base['revision']} (from the contract)", flush=True)
     return open_repo(f"{base['repo']}@{base['revision']}", "model")
+
+
+def load_adapter(model: Any, adapter: Repo, base: Repo) -> Any:
+    """Put the adapter on its base; end where its files are damaged or do not fit."""
+    import peft
+    from safetensors import SafetensorError
+
+    folder = adapter.fetch("adapter_config.json", "adapter_model.safetensors")
+    with hub_errors(f"load the adapter {adapter.name}"), warnings.catch_warnings():
+        warnings.filterwarnings("error", message="Found missing adapter keys")
+        try:
+            return peft.PeftModel.from_pretrained(model, folder).eval()
+        except (SafetensorError, UserWarning, RuntimeError, ValueError) as error:
+            fail(f"the adapter {adapter.name} does not fit the base {base.name}: {error}")
 
 
 def trained_scaffold(tokenizer: Any, contract: dict[str, Any]) -> Scaffold | None:

@@ -138,3 +138,45 @@ def test_another_tokenizer_is_named_by_the_first_differing_token(
     flags = ["--adapter", str(copy), "--model_name_or_path", str(work / "llama")]
     message = refusal(merge, capsys, *flags, "--output_dir", str(tmp_path / "out"))
     assert "another prompt" in message and "token 1 was" in message
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("adapter_model.safetensors", "does not fit the base"),
+        ("adapter_config.json", "does not fit the base"),
+        ("tokenizer.json", "a file is damaged"),
+        ("contract.json", "is damaged"),
+    ],
+)
+def test_a_cut_off_file_is_named(
+    merge: ModuleType,
+    work: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture,
+    name: str,
+    says: str,
+) -> None:
+    ignored = shutil.ignore_patterns("checkpoint-*")
+    copy = shutil.copytree(work / "causal", tmp_path / "copy", ignore=ignored)
+    (copy / name).write_bytes((copy / name).read_bytes()[:50])
+    flags = ["--adapter", str(copy), "--model_name_or_path", str(work / "llama")]
+    message = refusal(merge, capsys, *flags, "--output_dir", str(tmp_path / "out"))
+    assert says in message and not (tmp_path / "out").exists()
+
+
+def test_a_folder_of_another_stage_is_never_replaced(
+    merge: ModuleType, work: Path, capsys: pytest.CaptureFixture
+) -> None:
+    flags = ["--adapter", str(work / "causal"), "--model_name_or_path", str(work / "llama")]
+    message = refusal(merge, capsys, *flags, "--output_dir", str(work / "causal"))
+    assert "stage 'adapter'" in message
+    assert (work / "causal" / "adapter_model.safetensors").is_file()
+
+
+def test_a_missing_adapter_leaves_no_repo_behind(
+    merge: ModuleType, alice: Hub, capsys: pytest.CaptureFixture
+) -> None:
+    flags = ["--adapter", "alice/none", "--hub_model_id", "alice/merged-none"]
+    assert "no such repo" in refusal(merge, capsys, *flags)
+    assert not HfApi(token=alice.token).repo_exists("alice/merged-none")

@@ -631,6 +631,20 @@ def test_four_bit_training_keeps_its_adapter_in_float32(
     assert {str(weight.dtype) for weight in weights.values()} == {"torch.float32"}
 
 
+def test_a_model_without_a_chat_template_gets_plain_text(
+    train: ModuleType, files: Path, tmp_path: Path
+) -> None:
+    """GPT-2 in miniature: no template, no pad token, no module named q_proj."""
+    base = tiny.save_model(tmp_path / "gpt2", "gpt2", None)
+    argv = short_run(files, "--model_name_or_path", str(base), "--max_steps", "2")
+    train.main([*argv, "--output_dir", str(tmp_path / "out")])
+    contract = json.loads((tmp_path / "out/contract.json").read_text())
+    assert contract["prompt"]["name"] == "instruction"
+    rendering = contract["rendering"]
+    assert rendering["chat_template_sha256"] is None
+    assert rendering["pieces"] == ["", "", "<|end|>"] and rendering["answer_prefix"] == " "
+
+
 def test_messages_bring_their_own_prompt(train: ModuleType, files: Path, tmp_path: Path) -> None:
     rows = [
         {

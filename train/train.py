@@ -1259,11 +1259,14 @@ def hub_errors(action: str) -> Iterator[None]:
                 f"cannot {action}: this token may not. It needs write access to the repo's "
                 "namespace: make one of role `write` in the Hub's settings."
             )
-        fail(f"cannot {action}: the Hub answered {status}. {error}", code=1)
+        fail(f"cannot {action}: the Hub answered {status}. {str(error).splitlines()[0]}", code=1)
     except (HTTPError, OSError) as error:
         # transformers wraps a gated repo's refusal into an OSError.
         gated = "gated repo" in str(error)
         fail(f"cannot {action}: {type(error).__name__}: {error}", code=2 if gated else 1)
+    except ValueError as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        fail(f"cannot {action}: a file is damaged or of another form. {reason}")
 
 
 def own_namespace() -> str:
@@ -1794,12 +1797,14 @@ def load_base(
     else:
         kind = transformers.AutoModelForCausalLM
     place = str(base.folder) if base.folder else base.name
+    from safetensors import SafetensorError
+
     # The library only warns of weights it draws at random; here they are checked.
     transformers.logging.set_verbosity_error()
     with hub_errors(f"load the base model {base.name}"):
         try:
             model, report = kind.from_pretrained(place, output_loading_info=True, **options)
-        except ValueError as error:
+        except (SafetensorError, ValueError) as error:
             fail(f"{base.name} cannot be loaded for the task {task}: {error}")
     transformers.logging.set_verbosity_warning()
     body = f"{model.base_model_prefix}."
