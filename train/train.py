@@ -279,15 +279,18 @@ def main(argv: list[str] | None = None) -> None:
         return
     rows = encode_rows(args, data, tokenizer, contract)
     settings = build_settings(args, config, device, bool(data.validation), store.folder)
+    quantization = build_quantization(args, base, config, device)
     if store.repo:
         prepare_repo(store.repo, "model", "adapter", args.allow_public)
-    model = build_model(args, base, config, contract, device)
+    model = build_model(args, base, config, data.labels, device, quantization)
     trainer = build_trainer(args, settings, model, base, tokenizer, rows)
     add_push_callback(trainer, store, contract, args.keep_checkpoints)
     store.begin(contract)
     start_wandb(args, contract)
     trainer.train(resume_from_checkpoint=store.fetch_checkpoint())
     finish(store, trainer, tokenizer, contract)
+    if not args.output_dir:
+        shutil.rmtree(store.folder)
 
 
 # --- arguments and state ---------------------------------------------------------------------
@@ -302,6 +305,8 @@ def check_training_arguments(args: argparse.Namespace) -> None:
         fail("--train_file and --dataset_repo are both given; name one source of training data.")
     if args.validation_file and not args.train_file:
         fail("--validation_file goes with --train_file; a dataset repo brings its own split.")
+    if args.keep_checkpoints < 1 or args.save_steps < 1:
+        fail("--keep_checkpoints and --save_steps must be at least 1.")
     if args.max_steps == 0 or args.num_train_epochs <= 0:
         fail("there is nothing to train: --max_steps is 0 or --num_train_epochs is not positive.")
     local = args.output_dir and not args.hub_model_id
@@ -707,33 +712,43 @@ def build_contract(
     }
 
 
-def build_model(
-    args: argparse.Namespace, base: Repo, config: Any, contract: dict[str, Any], device: str
-) -> Any:
-    """The base model, in four bits where asked for."""
+def build_quantization(args: argparse.Namespace, base: Repo, config: Any, device: str) -> Any:
+    """How --load_in_4bit stores the base: NF4 with double quantisation; None without it."""
     import torch
-    from transformers import BitsAndBytesConfig, set_seed
+    from transformers import BitsAndBytesConfig
 
-    # A classifier's new head and the LoRA weights are drawn from here on.
+    if not args.load_in_4bit:
+        return None
+    if stored := (getattr(config, "quantization_config", None) or {}).get("quant_method"):
+        fail(
+            f"--load_in_4bit cannot quantise {base.name}: it is stored as {stored}. Leave the "
+            "flag out, or give a copy of the model in bfloat16."
+        )
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=args.bnb_4bit_quant_type,
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16 if uses_bf16(args, device) else torch.float32,
+        # A new head is trained whole, so it cannot be quantised.
+        llm_int8_skip_modules=["classifier", "score", "lm_head"],
+    )
+
+
+def build_model(
+    args: argparse.Namespace,
+    base: Repo,
+    config: Any,
+    labels: list[str],
+    device: str,
+    quantization: Any,
+) -> Any:
+    """The base model; a classifier's new head and the LoRA weights are drawn from the seed."""
+    import torch
+    from transformers import set_seed
+
     set_seed(args.seed)
     dtype = torch.bfloat16 if uses_bf16(args, device) else torch.float32
-    quantization = None
-    if args.load_in_4bit:
-        stored = (getattr(config, "quantization_config", None) or {}).get("quant_method")
-        if stored:
-            fail(
-                f"--load_in_4bit cannot quantise {base.name}: it is stored as {stored}. Leave the "
-                "flag out, or give a copy of the model in bfloat16."
-            )
-        quantization = BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type=args.bnb_4bit_quant_type,
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=dtype,
-            # A new head is trained whole, so it cannot be quantised.
-            llm_int8_skip_modules=["classifier", "score", "lm_head"],
-        )
-    return load_base(base, config, args.task, contract["labels"], dtype, device, quantization)
+    return load_base(base, config, args.task, labels, dtype, device, quantization)
 
 
 def uses_bf16(args: argparse.Namespace, device: str) -> bool:
