@@ -1139,6 +1139,10 @@ def resolve_arguments(
         for variable in (f"HSD_{name}", *([name] if name in PLAIN_VARIABLES else [])):
             if os.environ.get(variable):
                 environment.setdefault(action.dest, os.environ[variable])
+    known = {f"HSD_{action.dest.upper()}" for action in parser._actions}
+    for variable in sorted(name for name in os.environ if name.startswith("HSD_")):
+        if variable not in known:
+            print(f"warning: {variable} names no flag of this script", flush=True)
     layers = [
         (
             "environment",

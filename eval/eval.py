@@ -1449,6 +1449,10 @@ def resolve_arguments(
         for variable in (f"HSD_{name}", *([name] if name in PLAIN_VARIABLES else [])):
             if os.environ.get(variable):
                 environment.setdefault(action.dest, os.environ[variable])
+    known = {f"HSD_{action.dest.upper()}" for action in parser._actions}
+    for variable in sorted(name for name in os.environ if name.startswith("HSD_")):
+        if variable not in known:
+            print(f"warning: {variable} names no flag of this script", flush=True)
     layers = [
         (
             "environment",
@@ -1783,7 +1787,10 @@ def read_jsonl(path: str, labels: list[str]) -> list[dict[str, Any]]:
         try:
             row = json.loads(line)
         except ValueError as error:
-            fail(f"{path} line {number} is not JSON: {error}")
+            fail(
+                f"{path} line {number} is not JSON: {error}. Each line is to be an object with "
+                "`text` and `label`, or with `messages`."
+            )
         check_line(row, f"{path} line {number}")
         if "messages" not in row:
             names = {str(index): name for index, name in enumerate(labels)}

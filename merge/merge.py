@@ -105,6 +105,7 @@ def main(argv: list[str] | None = None) -> None:
     posts = encode_probes(tokenizer, trained)
     if args.hub_model_id:
         prepare_repo(args.hub_model_id, "model", "merged", args.allow_public)
+        check_target(args.hub_model_id, adapter)
     dtype = pick_dtype(args.dtype, config)
     with TemporaryDirectory(dir=target and target.parent, prefix="merged-") as scratch:
         folder = Path(scratch) / "model"
@@ -134,6 +135,18 @@ def fill_defaults(args: argparse.Namespace) -> Path | None:
         fail(f"--output_dir {args.output_dir} holds files of something else; give an empty folder.")
     target.parent.mkdir(parents=True, exist_ok=True)
     return target
+
+
+def check_target(name: str, adapter: Repo) -> None:
+    """End where the target holds the merge of another adapter: it would be replaced."""
+    from huggingface_hub import HfApi
+
+    with hub_errors(f"list the files of {name}"):
+        if CONTRACT not in HfApi().list_repo_files(name):
+            return
+    [merged, *_] = read_contract(open_repo(name, "model"), "merged")["inputs"]
+    if merged["repo"] != adapter.as_input()["repo"]:
+        fail(f"{name} holds {merged['repo']} merged; name another --hub_model_id for this adapter.")
 
 
 def encode_probes(tokenizer: Any, trained: dict[str, Any]) -> list[list[int]]:
@@ -443,6 +456,10 @@ def resolve_arguments(
         for variable in (f"HSD_{name}", *([name] if name in PLAIN_VARIABLES else [])):
             if os.environ.get(variable):
                 environment.setdefault(action.dest, os.environ[variable])
+    known = {f"HSD_{action.dest.upper()}" for action in parser._actions}
+    for variable in sorted(name for name in os.environ if name.startswith("HSD_")):
+        if variable not in known:
+            print(f"warning: {variable} names no flag of this script", flush=True)
     layers = [
         (
             "environment",

@@ -180,3 +180,14 @@ def test_a_missing_adapter_leaves_no_repo_behind(
     flags = ["--adapter", "alice/none", "--hub_model_id", "alice/merged-none"]
     assert "no such repo" in refusal(merge, capsys, *flags)
     assert not HfApi(token=alice.token).repo_exists("alice/merged-none")
+
+
+def test_the_merge_of_another_adapter_is_not_replaced(
+    merge: ModuleType, alice: Hub, work: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    flags = ["--model_name_or_path", str(work / "llama"), "--hub_model_id", "alice/merged-one"]
+    merge.main(["--adapter", str(work / "causal"), *flags])
+    merge.main(["--adapter", str(work / "causal"), *flags])
+    other = shutil.copytree(work / "causal", tmp_path / "other")
+    message = refusal(merge, capsys, "--adapter", str(other), *flags)
+    assert "alice/merged-one holds causal merged" in message

@@ -48,7 +48,7 @@ def test_every_flag_it_names_exists() -> None:
     known = set()
     for script in SCRIPTS:
         known |= set(re.findall(r'"(--\w+)"', (ROOT / script).read_text(encoding="utf-8")))
-    others = {"--flavor", "--secrets", "--no-project", "--with-requirements", "--optim"}
+    others = {"--flavor", "--secrets", "--env", "--no-project", "--with-requirements", "--optim"}
     # An arrow of the diagram, --train/train.py-->, is no flag.
     named = set(re.findall(r"(?<![\w-])--\w[\w-]*(?![\w/-])", README)) - others
     assert named <= known, named - known

@@ -87,6 +87,7 @@ def test_flag_beats_environment_beats_config_file_beats_preset(
     config = tmp_path / "run.json"
     config.write_text('{"lora_r": 7, "num_train_epochs": 2, "seed": 3}')
     monkeypatch.setenv("HSD_SEED", "4")
+    monkeypatch.setenv("HSD_LORA_RR", "4")
     monkeypatch.setenv("SEED", "99")
     monkeypatch.setenv("MAX_STEPS", "11")
     monkeypatch.setenv("HSD_LORA_ALPHA", "")
@@ -96,6 +97,7 @@ def test_flag_beats_environment_beats_config_file_beats_preset(
     assert (args.lora_r, args.num_train_epochs, args.seed, args.max_steps) == (7, 2.0, 4, 11)
     assert (args.lora_dropout, args.lora_alpha) == (0.5, 32)
     printed = capsys.readouterr().out
+    assert "warning: HSD_LORA_RR names no flag" in printed
     assert "seed = 4 (environment)" in printed and "lora_r = 7 (config file)" in printed
     assert "lora_dropout = 0.5 (command line)" in printed and "lora_alpha" not in printed
 
@@ -618,6 +620,24 @@ def test_a_classifier_saves_its_head_and_resumes(
     assert [name for name in weights if "classifier" in name or "score" in name]
     contract = json.loads((tmp_path / "straight/contract.json").read_text())
     assert contract["task"] == "classify" and contract["prompt"] is None
+
+
+@pytest.mark.parametrize(("task", "kind"), [("classify", "bert"), ("causal", "llama")])
+def test_accumulated_batches_have_the_loss_of_one_large_batch(
+    train: ModuleType, files: Path, tmp_path: Path, task: str, kind: str
+) -> None:
+    base = tiny.save_model(tmp_path / kind, kind)
+    losses = []
+    for batch, accumulation in ((8, 1), (2, 4)):
+        out = tmp_path / f"{batch}"
+        argv = short_run(files, "--model_name_or_path", str(base), "--task", task)
+        argv += ["--per_device_train_batch_size", str(batch), "--lora_dropout", "0"]
+        argv += ["--gradient_accumulation_steps", str(accumulation), "--output_dir", str(out)]
+        train.main([*argv, "--max_steps", "1", "--save_steps", "1"])
+        state = json.loads((out / "checkpoint-1/trainer_state.json").read_text())
+        losses.append(next(entry["loss"] for entry in state["log_history"] if "loss" in entry))
+    # BERT's own dropout is drawn batch by batch, so the two are near, not equal.
+    assert losses[1] == pytest.approx(losses[0], rel=0.1)
 
 
 def test_four_bit_training_keeps_its_adapter_in_float32(

@@ -25,7 +25,7 @@
 # ///
 """Fine-tune a LoRA adapter that labels hate speech; resubmit the same command to resume.
 
-Reads:  DATASET_REPO (built by datasets/build_*.py, default {you}/hsd-data) or a local --train_file,
+Reads:  DATASET_REPO (of datasets/build_unified.py, default {you}/hsd-data) or a local --train_file,
         and the base model at a pinned revision.
 Writes: HUB_MODEL_ID (private, default {you}/hsd-lora): checkpoint-N/ at every save, and at the end
         the adapter, tokenizer, contract.json and model card at its root.
@@ -284,6 +284,7 @@ def main(argv: list[str] | None = None) -> None:
         prepare_repo(store.repo, "model", "adapter", args.allow_public)
     model = build_model(args, base, config, data.labels, device, quantization)
     trainer = build_trainer(args, settings, model, base, tokenizer, rows)
+    warn_of_warmup(settings, len(rows[0]))
     add_push_callback(trainer, store, contract, args.keep_checkpoints)
     store.begin(contract)
     start_wandb(args, contract)
@@ -473,6 +474,9 @@ def is_finished(store: Store, earlier: dict[str, Any], contract: dict[str, Any])
         (run["arguments"]["num_train_epochs"], run["arguments"]["max_steps"])
         for run in (earlier, contract)
     ]
+    if lengths[0] != lengths[1]:
+        # The schedule depends on the length, so this is no longer the run that began.
+        print(f"(epochs, steps) change from {lengths[0]} to {lengths[1]}", flush=True)
     if earlier["training"]["state"] != "complete" or lengths[0] != lengths[1]:
         return False
     print(f"{store.name} is complete at step {earlier['training']['step']}: nothing to do")
@@ -853,6 +857,9 @@ def build_trainer(
         collator = transformers.DataCollatorWithPadding(tokenizer)
         model = peft.get_peft_model(model, config)
         trainer = transformers.Trainer(model, settings, data_collator=collator, **common)
+        # A classifier's loss is the mean of its own batch. Trainer takes its **kwargs for a sign
+        # that it divides by the accumulated batch itself, and would sum the means.
+        trainer.model_accepts_loss_kwargs = False
     else:
         import trl
 
@@ -869,6 +876,19 @@ def build_trainer(
             )
         )
     return trainer
+
+
+def warn_of_warmup(settings: Any, num_rows: int) -> None:
+    """Say when a run ends before its learning rate is reached, as short ones do."""
+    batch = settings.per_device_train_batch_size * settings.gradient_accumulation_steps
+    steps = math.ceil(num_rows / batch) * settings.num_train_epochs
+    steps = settings.max_steps if settings.max_steps > 0 else math.ceil(steps)
+    if settings.warmup_steps >= steps:
+        print(
+            f"warning: --warmup_steps {settings.warmup_steps:.0f} of {steps} steps: the learning "
+            "rate is never reached. --warmup_steps 0.1 is a tenth of the steps.",
+            flush=True,
+        )
 
 
 def add_push_callback(trainer: Any, store: Store, contract: dict[str, Any], keep: int) -> None:
@@ -936,6 +956,8 @@ def start_wandb(args: argparse.Namespace, contract: dict[str, Any]) -> None:
     os.environ.setdefault("WANDB_RESUME", "allow")
     if not os.environ.get("WANDB_API_KEY"):
         os.environ.setdefault("WANDB_MODE", "offline")
+        if os.environ.get("JOB_ID"):
+            print("no WANDB_API_KEY: the W&B log is offline and ends with this Job", flush=True)
 
 
 def finish(store: Store, trainer: Any, tokenizer: Any, contract: dict[str, Any]) -> None:
@@ -965,7 +987,8 @@ def finish(store: Store, trainer: Any, tokenizer: Any, contract: dict[str, Any])
     where = f"{store.repo}@{commit_hash[:8]}" if store.repo else str(store.folder)
     adapter = store.repo or store.folder.resolve()
     print(f"adapter: {where} (step {state.global_step}, epoch {state.epoch:.2f})", flush=True)
-    print(f"next: uv run eval/eval.py --adapter {adapter}", flush=True)
+    data = "" if "repo" in contract["dataset"] else " --test_file POSTS.jsonl"
+    print(f"next: uv run eval/eval.py --adapter {adapter}{data}", flush=True)
 
 
 def model_card(store: Store, contract: dict[str, Any]) -> str:
@@ -1140,6 +1163,10 @@ def resolve_arguments(
         for variable in (f"HSD_{name}", *([name] if name in PLAIN_VARIABLES else [])):
             if os.environ.get(variable):
                 environment.setdefault(action.dest, os.environ[variable])
+    known = {f"HSD_{action.dest.upper()}" for action in parser._actions}
+    for variable in sorted(name for name in os.environ if name.startswith("HSD_")):
+        if variable not in known:
+            print(f"warning: {variable} names no flag of this script", flush=True)
     layers = [
         (
             "environment",
@@ -1474,7 +1501,10 @@ def read_jsonl(path: str, labels: list[str]) -> list[dict[str, Any]]:
         try:
             row = json.loads(line)
         except ValueError as error:
-            fail(f"{path} line {number} is not JSON: {error}")
+            fail(
+                f"{path} line {number} is not JSON: {error}. Each line is to be an object with "
+                "`text` and `label`, or with `messages`."
+            )
         check_line(row, f"{path} line {number}")
         if "messages" not in row:
             names = {str(index): name for index, name in enumerate(labels)}
