@@ -1750,7 +1750,12 @@ def read_rows(repo: Repo, config: str, split: str) -> list[dict[str, Any]]:
             ).with_format("arrow")
         except DatasetGenerationError as error:
             reason = str(error.__cause__ or error).splitlines()[0]
-            fail(f"{repo.name} ({config}/{split}) cannot be read: {reason}", code=2)
+            fail(f"{repo.name} ({config}/{split}) cannot be read: {reason}")
+        except ValueError as error:
+            # Where all files of a split are empty, the library does not know the split.
+            if "corresponds to no data" in str(error):
+                fail(f"{repo.name} ({config}/{split}) is empty.")
+            raise
         table, features = data[:], data.features
     missing = {"id", "text", "label", "target_groups"} - set(table.column_names)
     if missing:

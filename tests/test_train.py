@@ -312,6 +312,23 @@ def test_bad_dataset_repos(
     assert not (tmp_path / "out").exists()
 
 
+def test_an_empty_split_is_named(
+    train: ModuleType, files: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    from datasets import load_dataset
+
+    rows = {"train": [simple_row()], "validation": [simple_row()]}
+    folder = dataset_folder(tmp_path / "data", rows)
+    file = str(folder / "simple" / "validation.parquet")
+    data = load_dataset(
+        "parquet", data_files=file, split="train", cache_dir=str(tmp_path / "cache")
+    )
+    data.select([]).to_parquet(file)
+    argv = ["--dataset_repo", str(folder), "--output_dir", str(tmp_path / "out")]
+    message = refusal(train, capsys, *argv, "--model_name_or_path", str(files / "llama"))
+    assert "(simple/validation) is empty" in message and not (tmp_path / "out").exists()
+
+
 def test_a_rebuilt_folder_is_read_anew(train: ModuleType, tmp_path: Path) -> None:
     for text in ("first", "second"):
         folder = dataset_folder(tmp_path / text / "data", {"train": [simple_row(text=text)]})
@@ -373,8 +390,15 @@ def test_a_base_that_lacks_weights_is_refused(
 
 
 def test_a_large_model_without_a_gpu_is_refused_before_its_weights(
-    train: ModuleType, files: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+    train: ModuleType,
+    files: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
 ) -> None:
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     tiny.save_tokenizer(tmp_path / "large")
     config = {"model_type": "llama", "num_hidden_layers": 32, "hidden_size": 4096}
     (tmp_path / "large" / "config.json").write_text(json.dumps(config))
@@ -498,6 +522,9 @@ def test_the_best_weights_survive_a_resume_on_another_machine(
     best = json.loads((whole / "checkpoint-8/trainer_state.json").read_text())
     assert best["best_model_checkpoint"] == "checkpoint-4"
     weights = (whole / "adapter_model.safetensors").read_bytes()
+    contract = json.loads((whole / "contract.json").read_text())
+    assert (contract["training"]["step"], contract["training"]["weights_of_step"]) == (8, 4)
+    assert "the weights of step\n  4" in (whole / "README.md").read_text()
     assert weights == (whole / "checkpoint-4/adapter_model.safetensors").read_bytes()
     train.main([*argv, "--hub_model_id", "alice/best", "--max_steps", "12"])
     assert (whole / "adapter_model.safetensors").read_bytes() == weights

@@ -968,10 +968,12 @@ def finish(store: Store, trainer: Any, tokenizer: Any, contract: dict[str, Any])
     record_base(final, contract)
     state = trainer.state
     finite = state.best_metric is not None and math.isfinite(state.best_metric)
+    kept = state.best_model_checkpoint if trainer.args.load_best_model_at_end else None
     contract["training"] |= {
         "state": "complete",
         "step": state.global_step,
         "epoch": round(state.epoch, 4),
+        "weights_of_step": int(kept.rpartition("-")[2]) if kept else state.global_step,
         "best_metric": state.best_metric if finite else None,
     }
     write_json(final / CONTRACT, contract)
@@ -1011,7 +1013,8 @@ errors, and not the same ones for every group; it is not for unattended removal 
 * Task: {contract["task"]}; prompt: {(contract["prompt"] or {}).get("name", "none")}
 * Data: {source}
 * Groups the evaluation reports on: {", ".join(contract["groups"]) or "none"}
-* Trained for {training["step"]} steps ({training["epoch"]} epochs)
+* Trained for {training["step"]} steps ({training["epoch"]} epochs); these are the weights of step
+  {training["weights_of_step"]}
 
 `contract.json` holds every argument, the commits of base model and data, and the rendered prompt.
 
@@ -1464,7 +1467,12 @@ def read_rows(repo: Repo, config: str, split: str) -> list[dict[str, Any]]:
             ).with_format("arrow")
         except DatasetGenerationError as error:
             reason = str(error.__cause__ or error).splitlines()[0]
-            fail(f"{repo.name} ({config}/{split}) cannot be read: {reason}", code=2)
+            fail(f"{repo.name} ({config}/{split}) cannot be read: {reason}")
+        except ValueError as error:
+            # Where all files of a split are empty, the library does not know the split.
+            if "corresponds to no data" in str(error):
+                fail(f"{repo.name} ({config}/{split}) is empty.")
+            raise
         table, features = data[:], data.features
     missing = {"id", "text", "label", "target_groups"} - set(table.column_names)
     if missing:
