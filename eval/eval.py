@@ -43,6 +43,7 @@ import contextlib
 import csv
 import difflib
 import hashlib
+import itertools
 import json
 import logging
 import math
@@ -54,7 +55,7 @@ import sys
 import time
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -1632,41 +1633,75 @@ def prepare_repo(name: str, kind: str, stage: str, allow_public: bool) -> None:
         fail(f"the {kind} repo {name} holds files of something else, such as {min(files)}.")
 
 
-def commit(name: str, kind: str, operations: list[Any], message: str) -> str:
-    """Commit all operations at once and return the commit's hash.
+def retried(
+    action: str,
+    attempt: Callable[[int], Any],
+    pause: Callable[[float], Any] = time.sleep,
+    tries: int | None = 5,
+) -> Any:
+    """Return `attempt(number)`, called again after a pause where the Hub or the line fails.
 
-    A failed commit is tried five times with growing pauses, or after the time that the Hub's
-    rate-limit headers name; then the last error is raised. The token in the description
-    recognises a commit that was made although its answer was lost.
+    The pauses grow from 1 to 60 s, or last as long as the Hub's rate-limit headers ask. The last
+    error is raised after `tries` calls, where `pause` returns False, and at once where no waiting
+    mends it.
     """
     from httpx2 import HTTPError
-    from huggingface_hub import HfApi, errors
+    from huggingface_hub.errors import HfHubHTTPError
     from huggingface_hub.utils import parse_ratelimit_headers
 
-    api, token = HfApi(), os.urandom(8).hex()
-    for attempt in range(5):
+    for number in itertools.count():
         try:
-            newest = api.list_repo_commits(name, repo_type=kind)[0] if attempt else None
-            if newest and token in newest.message:
-                return newest.commit_id
-            return api.create_commit(
-                name, operations, repo_type=kind, commit_message=message, commit_description=token
-            ).oid
+            return attempt(number)
         except (HTTPError, OSError) as error:
-            response = error.response if isinstance(error, errors.HfHubHTTPError) else None
+            response = error.response if isinstance(error, HfHubHTTPError) else None
             final = response is not None and response.status_code not in (429, 500, 502, 503, 504)
-            if final or attempt == 4:
+            if final or number + 1 == tries:
                 raise
-            pause = 2**attempt
+            seconds = min(2**number, 60)
             if response is not None:
                 limit = parse_ratelimit_headers(response.headers)
                 asked = response.headers.get("Retry-After", "")
-                pause = max(pause, limit.reset_in_seconds + 1 if limit else 0)
-                pause = max(pause, int(asked) if asked.isdigit() else 0)
+                seconds = max(seconds, limit.reset_in_seconds + 1 if limit else 0)
+                seconds = max(seconds, int(asked) if asked.isdigit() else 0)
             reason = f"{type(error).__name__}: {error}".splitlines()[0]
-            print(f"the commit to {name} failed ({reason}); next try in {pause} s", flush=True)
-            time.sleep(pause)
+            print(f"cannot {action} ({reason}); next try in {seconds} s", flush=True)
+            if pause(seconds) is False:
+                raise
     raise AssertionError("the loop returns or raises")
+
+
+def commit(
+    name: str,
+    kind: str,
+    operations: list[Any],
+    message: str,
+    parent: str | None = None,
+    pause: Callable[[float], Any] = time.sleep,
+    tries: int | None = 5,
+) -> str:
+    """Commit all operations at once and return the commit's hash; see `retried` for the tries.
+
+    Where `parent` is given and not the newest commit, the Hub answers 412. The token in the
+    description recognises a commit that was made although its answer was lost.
+    """
+    from huggingface_hub import HfApi
+
+    api, token = HfApi(), os.urandom(8).hex()
+
+    def attempt(number: int) -> str:
+        for earlier in api.list_repo_commits(name, repo_type=kind) if number else []:
+            if token in earlier.message:
+                return earlier.commit_id
+        return api.create_commit(
+            name,
+            operations,
+            repo_type=kind,
+            commit_message=message,
+            commit_description=token,
+            parent_commit=parent,
+        ).oid
+
+    return retried(f"commit to {name}", attempt, pause, tries)
 
 
 def without_paths(value: Any) -> Any:
