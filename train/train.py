@@ -22,6 +22,7 @@
 # timeout = "4h"
 # name = "hsd-train"
 # secrets = ["HF_TOKEN"]
+# env = { HSD_STOP_AFTER = "3h50m" }
 # ///
 """Fine-tune a LoRA adapter that labels hate speech; resubmit the same command to resume.
 
@@ -33,10 +34,12 @@ Writes: HUB_MODEL_ID (private, default {you}/hsd-lora): checkpoint-N/ at every s
     hf jobs uv run --flavor a100-large train/train.py
     hf jobs uv run --flavor l4x1 train/train.py --model_name_or_path HuggingFaceTB/SmolLM2-360M
 
-The same command again continues from the newest complete checkpoint of the repo, on any machine;
-after the end it says so and does nothing. --output_dir without --hub_model_id is a local run that
-needs no network and no token. Every further field of trl.SFTConfig (with --task classify: of
-transformers.TrainingArguments) is accepted as a flag, for example --optim paged_adamw_8bit.
+The same command again continues from the newest complete checkpoint of the repo, on any machine,
+as if nothing had happened; after the end it says so and does nothing. SIGTERM, a hang-up, Ctrl-C
+and the deadline (--stop_after) save, push and end with exit code 75. --output_dir without
+--hub_model_id is a local run that needs no network and no token. Every further field of
+trl.SFTConfig (with --task classify: of transformers.TrainingArguments) is accepted as a flag, for
+example --optim paged_adamw_8bit.
 """
 
 from __future__ import annotations
@@ -45,6 +48,8 @@ import argparse
 import ast
 import contextlib
 import difflib
+import errno
+import functools
 import hashlib
 import itertools
 import json
@@ -54,12 +59,15 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import sys
 import tempfile
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from importlib.machinery import PathFinder
 from importlib.metadata import PackageNotFoundError, version
@@ -73,6 +81,23 @@ CONTRACT = "contract.json"
 # Variables with these names are read as they stand; every other flag is HSD_<FLAG>, because an
 # unprefixed SEED or TASK in somebody's shell must not change an audited run.
 PLAIN_VARIABLES = ("DATASET_REPO", "HUB_MODEL_ID", "MAX_STEPS")
+MANIFEST = "manifest.json"
+RUN_LOG = "training.log"
+LOGGERS = "loggers.json"
+PAUSED = 75  # EX_TEMPFAIL: the same command again continues
+PROCESS_START = time.time()
+# What torchrun sets; a plain start is one process.
+RANK, WORLD_SIZE = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+RESUMED = ".resumed"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+FINISH = "Finish at step"  # the commits at which an adapter stands at the root
+# Log-likelihood: kernels may round otherwise from call to call, lost weights show at once.
+PROBE_TOLERANCE = 1e-3
+# What a run writes into its folder, beside files that may be the user's.
+RUN_FILES = (
+    *("checkpoint-*", "adapter_*", "tokenizer*", "special_tokens_map.json", "chat_template.jinja"),
+    *("README.md", CONTRACT, RUN_LOG, RESUMED, "runs"),
+)
 # What a run shows its tokenizer and template to prove that they are those of another run.
 PROBE_POST = "My neighbours moved in last week, said <|endoftext|> nobody. 42 % é \u4f60\u597d"
 NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")
@@ -94,6 +119,7 @@ ALIASES = {
     "evaluation_strategy": "eval_strategy",
     "warmup_ratio": "warmup_steps",
     "gradient_checkpointing": "activation_checkpointing",
+    "save_total_limit": "keep_checkpoints",
 }
 # Fields that this script decides itself: accepted in a config file, printed and left out.
 DECIDED_HERE = {
@@ -106,13 +132,27 @@ DECIDED_HERE = {
     "logging_dir": "logs lie below --output_dir",
     "remove_unused_columns": "the data is already tokenised",
 }
-# A resumed run must be the run that began: these arguments may not change under it.
-SAME_RUN = (
-    *("task", "model_name_or_path", "model_revision", "dataset_repo", "dataset_config"),
-    *("train_file", "max_length", "seed", "lora_r", "lora_alpha", "lora_dropout"),
-    *("lora_target_modules", "load_in_4bit", "bnb_4bit_quant_type", "learning_rate"),
-    *("lr_scheduler_type", "warmup_steps", "weight_decay", "max_grad_norm"),
-    *("per_device_train_batch_size", "gradient_accumulation_steps", "dtype", "trainer_fields"),
+# What happens to a run's arguments when it is resumed, by their names in contract.json. What stands
+# here must be equal, as must every trainer field that none of the three names: else the result
+# would not be the one of a run that was never interrupted.
+MUST_BE_EQUAL = (
+    *("dataset_repo", "dataset_config", "train_file", "validation_file", "max_length"),
+    *("model_name_or_path", "model_revision", "task", "lora_r", "lora_alpha", "lora_dropout"),
+    *("lora_target_modules", "load_in_4bit", "bnb_4bit_quant_type", "dtype", "reasoning_effort"),
+    *("learning_rate", "per_device_train_batch_size", "gradient_accumulation_steps"),
+    *("warmup_steps", "weight_decay", "max_grad_norm", "lr_scheduler_type", "seed"),
+    *("early_stopping_patience", "early_stopping_threshold", "save_steps", "world_size"),
+)
+# The user's wish, printed: a longer run has another schedule from here on, another evaluation batch
+# another mean of batch means.
+MAY_CHANGE = ("num_train_epochs", "max_steps", "per_device_eval_batch_size", "logging_steps")
+# Of this start alone.
+TAKES_NEW_VALUE = (
+    *("hub_model_id", "run_name", "output_dir", "save_minutes", "keep_checkpoints", "report_to"),
+    *("stop_after", "hub_patience", "fresh", "relay", "budget", "reclaim_storage"),
+    *("squash_history", "config_file", "preset", "allow_public", "allow_cpu"),
+    *("dataloader_num_workers", "dataloader_pin_memory", "dataloader_prefetch_factor"),
+    *("dataloader_persistent_workers", "log_level", "disable_tqdm", "logging_first_step"),
 )
 # Documented flags that are fields of the trainer's config by the same name.
 TRAINER_FLAGS = (
@@ -121,14 +161,6 @@ TRAINER_FLAGS = (
     *("weight_decay", "max_grad_norm", "lr_scheduler_type", "seed", "save_steps"),
     *("logging_steps", "report_to", "run_name"),
 )
-CHECKPOINT_FILES = {
-    "adapter_config.json",
-    "adapter_model.safetensors",
-    "optimizer.pt",
-    "rng_state.pth",
-    "scheduler.pt",
-    "trainer_state.json",
-}
 # Not pushed: training_args.bin is a pickle that nothing reads, README.md is PEFT's empty card.
 UNPUSHED = {"training_args.bin", "README.md"}
 # Also the strategy of a local training file of posts, which brings no prompt of its own.
@@ -186,7 +218,15 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     flag("--run_name", help="name of the W&B run and of the adapter repo ({you}/hsd-RUN_NAME)")
     flag("--output_dir", help="folder; without --hub_model_id a local run, with no network")
     flag("--save_steps", type=int, default=100, help="between checkpoints and evaluations")
+    flag("--save_minutes", type=float, default=10.0, help="a checkpoint at the latest after this")
     flag("--keep_checkpoints", type=int, default=2, help="on the Hub, beside the best one")
+    flag("--stop_after", type=duration, help="save, push and pause in time for this (3h50m, 90s)")
+    flag("--hub_patience", type=duration, default=600.0, help="wait at the end for an absent Hub")
+    flag("--fresh", **switch, help="start over in the same repo; the old state gets a git tag")
+    flag("--relay", type=int, default=0, help="at the deadline rerun this Job, at most N times")
+    flag("--budget", type=float, help="dollars that all Jobs of a relay may cost together")
+    flag("--reclaim_storage", **switch, help="at the end delete removed checkpoints for good")
+    flag("--squash_history", **switch, help="make the checkpoints' history one commit at the end")
     flag("--logging_steps", type=int, default=10)
     flag("--report_to", nargs="+", default=["wandb"], help="wandb (offline without its key), none")
     flag("--config_file", help="JSON or YAML file of these flags")
@@ -220,23 +260,23 @@ def add_trainer_fields(parser: Parser) -> set[str]:
     ):
         folder = PathFinder.find_spec(package).submodule_search_locations[0]
         tree = ast.parse((Path(folder) / file).read_text(encoding="utf-8"))
-        fields = [
-            field
+        settings = [
+            setting
             for node in tree.body
             if isinstance(node, ast.ClassDef) and node.name.endswith(("Config", "Arguments"))
-            for field in node.body
-            if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name)
+            for setting in node.body
+            if isinstance(setting, ast.AnnAssign) and isinstance(setting.target, ast.Name)
         ]
-        for field in fields:
+        for setting in settings:
             # A token never comes from a flag: it would stand in job pages and in the contract.
-            secret = field.target.id.startswith("_") or field.target.id.endswith("_token")
-            if field.target.id not in taken and not secret:
-                taken.add(field.target.id)
+            secret = setting.target.id.startswith("_") or setting.target.id.endswith("_token")
+            if setting.target.id not in taken and not secret:
+                taken.add(setting.target.id)
                 parser.add_argument(
-                    f"--{field.target.id}",
+                    f"--{setting.target.id}",
                     help=argparse.SUPPRESS,
                     default=argparse.SUPPRESS,
-                    **field_type(ast.unparse(field.annotation)),
+                    **field_type(ast.unparse(setting.annotation)),
                 )
     for name in sorted(DECIDED_HERE.keys() - taken):
         parser.add_argument(f"--{name}", help=argparse.SUPPRESS, default=argparse.SUPPRESS)
@@ -264,38 +304,66 @@ def json_or_text(text: str) -> Any:
 
 def main(argv: list[str] | None = None) -> None:
     quiet_libraries()
+    stop = Stop()
+    with stop.listening(), silence_other_ranks():
+        train(argv, stop)
+
+
+def train(argv: list[str] | None, stop: Stop) -> None:
+    """One start of a run: everything that can be refused is, before a weight is downloaded."""
+    phases = Phases()
     args = parse_args(argv)
     check_training_arguments(args)
+    check_loggers(args)
+    job = read_job()
+    check_money(args, job)
     store = open_store(args)
-    earlier = store.read_contract()
-    if earlier:
-        check_same_run(args, earlier, store.name)
+    earlier = share(read_earlier(args, store, job) if RANK == 0 else None)
+    if earlier and is_finished(args, store, earlier):
+        return
     data = read_data(args, earlier)
     base = open_base(args, earlier)
     config = read_base_config(base)
     device = check_device(count_parameters(config), args.allow_cpu, training_job(argv))
+    precision = choose_precision(args, device, earlier)
     tokenizer = load_tokenizer(base)
-    contract = build_contract(args, data, base, tokenizer, earlier)
-    if earlier and is_finished(store, earlier, contract):
-        return
+    contract = share(build_contract(args, data, base, tokenizer, precision, earlier))
     rows = encode_rows(args, data, tokenizer, contract)
-    settings = build_settings(args, config, device, bool(data.validation), store.folder)
-    quantization = build_quantization(args, base, config, device)
-    if store.repo:
-        prepare_repo(store.repo, "model", "adapter", args.allow_public)
-    model = build_model(args, base, config, data.labels, device, quantization)
+    settings = build_settings(args, config, device, precision, bool(data.validation), store.folder)
+    quantization = build_quantization(args, base, config, precision)
+    phases.enter("download")
+    checkpoint = None
+    if RANK == 0:
+        store.claim(contract, job, args)
+        checkpoint = store.fetch_checkpoint(contract)
+    checkpoint = share(checkpoint)
+    fetch_base(base)
+    phases.enter("load")
+    model = build_model(args, base, config, data.labels, device, precision, quantization)
     trainer = build_trainer(args, settings, model, base, tokenizer, rows)
     warn_of_warmup(settings, len(rows[0]))
-    add_push_callback(trainer, store, contract, args.keep_checkpoints)
-    store.begin(contract)
-    start_wandb(args, contract)
-    trainer.train(resume_from_checkpoint=store.fetch_checkpoint())
-    finish(store, trainer, tokenizer, contract)
+    run = Run(args, store, contract, stop, phases, job, checkpoint)
+    run.follow(trainer)
+    open_loggers(args, trainer, contract, checkpoint)
+    phases.enter("train")
+    run.train(trainer)
+    if RANK == 0:
+        phases.enter("push")
+        finish(run, trainer, tokenizer)
+    shutil.rmtree(store.folder / RESUMED, ignore_errors=True)
     if not args.output_dir:
-        shutil.rmtree(store.folder)
+        shutil.rmtree(store.folder, ignore_errors=True)
 
 
 # --- arguments and state ---------------------------------------------------------------------
+
+
+def duration(text: str) -> float:
+    """Read 3h50m, 90s, 1.5h or plain seconds; return seconds."""
+    parts = re.findall(r"(\d+(?:\.\d+)?)([dhms]?)", text)
+    if not parts or "".join(number + unit for number, unit in parts) != text:
+        raise argparse.ArgumentTypeError(f"{text!r} is no duration such as 3h50m or 90s")
+    return sum(float(n) * {"d": 86400, "h": 3600, "m": 60}.get(u, 1) for n, u in parts)
 
 
 def check_training_arguments(args: argparse.Namespace) -> None:
@@ -307,13 +375,15 @@ def check_training_arguments(args: argparse.Namespace) -> None:
         fail("--train_file and --dataset_repo are both given; name one source of training data.")
     if args.validation_file and not args.train_file:
         fail("--validation_file goes with --train_file; a dataset repo brings its own split.")
-    if args.keep_checkpoints < 1 or args.save_steps < 1:
-        fail("--keep_checkpoints and --save_steps must be at least 1.")
+    if args.keep_checkpoints < 1 or args.save_steps < 1 or args.save_minutes <= 0:
+        fail("--keep_checkpoints and --save_steps must be at least 1, --save_minutes above 0.")
     if args.max_steps == 0 or args.num_train_epochs <= 0:
         fail("there is nothing to train: --max_steps is 0 or --num_train_epochs is not positive.")
     local = args.output_dir and not args.hub_model_id
     if local and not (args.dataset_repo or args.train_file):
         fail("a local run needs --dataset_repo (an id or a folder) or --train_file.")
+    if local and (args.relay or args.reclaim_storage or args.squash_history):
+        fail("--relay, --reclaim_storage and --squash_history need a repo: give --hub_model_id.")
     if args.hub_model_id and is_folder(args.hub_model_id):
         fail(f"--hub_model_id {args.hub_model_id} is a folder; say --output_dir for a local run.")
 
@@ -324,117 +394,326 @@ def environment_values(name: str) -> list[str]:
     return [value for value in found if value]
 
 
+@contextlib.contextmanager
+def silence_other_ranks() -> Iterator[None]:
+    """Let only the first process of a torchrun start print."""
+    with contextlib.ExitStack() as stack:
+        if RANK:
+            quiet = stack.enter_context(Path(os.devnull).open("w", encoding="utf-8"))
+            stack.enter_context(contextlib.redirect_stdout(quiet))
+        yield
+
+
+def share(value: Any) -> Any:
+    """What the first process knows, in every process of a torchrun start."""
+    if WORLD_SIZE == 1:
+        return value
+    import torch
+    from torch import distributed
+
+    if not distributed.is_initialized():
+        both = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        distributed.init_process_group(both)
+    box = [value]
+    distributed.broadcast_object_list(box, src=0, device=torch.device("cpu"))
+    return box[0]
+
+
+class TakenOver(Exception):
+    """Another start has claimed the repo since ours."""
+
+
 @dataclass
 class Store:
     """Where a run's state lives: a private Hub repo, or only `folder` (`repo` is then None).
 
-    With a repo the Hub is the truth and `folder` is this machine's working copy.
+    With a repo the Hub is the truth and `folder` is this machine's working copy. `head` is the
+    commit that ours must follow, `tree` the size and, of an LFS file, the SHA-256 of everything
+    there, and `holder` the claim's token that the contract at the head must still carry.
     """
 
     repo: str | None
     folder: Path
+    head: str | None = None
+    tree: dict[str, tuple[int, str | None]] = field(default_factory=dict)
+    holder: str | None = None
 
     @property
     def name(self) -> str:
         return self.repo or str(self.folder)
 
-    def files(self) -> list[str]:
-        """Every file of the repo's head, or of the folder."""
+    def say(self, message: str) -> None:
+        """Print a line and keep it in training.log, which goes to the repo with each checkpoint."""
+        print(message, flush=True)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with (self.folder / RUN_LOG).open("a", encoding="utf-8") as log:
+            log.write(f"{datetime.now(UTC).isoformat(timespec='seconds')} {message}\n")
+
+    def look(self) -> dict[str, Any] | None:
+        """List everything at the head, once, and return its contract; None where there is none."""
         if self.repo is None:
-            return [str(file.relative_to(self.folder)) for file in self.folder.rglob("*")]
-        from huggingface_hub import HfApi
-        from huggingface_hub.errors import RepositoryNotFoundError
+            files = [path for path in self.folder.rglob("*") if path.is_file()]
+            self.tree = {
+                path.relative_to(self.folder).as_posix(): (path.stat().st_size, None)
+                for path in files
+            }
+        else:
+            from huggingface_hub import HfApi
+            from huggingface_hub.errors import RepositoryNotFoundError
+            from huggingface_hub.hf_api import RepoFile
+
+            api = HfApi()
+            try:
+                self.head = api.repo_info(self.repo).sha
+            except RepositoryNotFoundError:
+                return None
+            self.tree = {
+                item.path: (item.size, item.lfs.sha256 if item.lfs else None)
+                for item in api.list_repo_tree(self.repo, recursive=True, revision=self.head)
+                if isinstance(item, RepoFile)
+            }
+        if CONTRACT not in self.tree:
+            return None
+        self.download([CONTRACT])
+        return read_contract(Repo(self.name, "model", self.head, self.folder), "adapter")
+
+    def download(self, names: list[str]) -> None:
+        """Bring files of the head into `folder`; a request that fails is made three times."""
+        if self.repo is None:
+            return
+        from huggingface_hub import hf_hub_download
+
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(dir=self.folder) as scratch, ThreadPoolExecutor(8) as pool:
+
+            def fetch(name: str) -> None:
+                hf_hub_download(self.repo, name, revision=self.head, local_dir=scratch)
+                (self.folder / name).parent.mkdir(exist_ok=True)
+                (Path(scratch) / name).replace(self.folder / name)
+
+            def attempt(name: str) -> None:
+                retried(f"download {name} of {self.repo}", lambda _: fetch(name), tries=3)
+
+            for _ in pool.map(attempt, names):
+                pass
+
+    def claim(self, contract: dict[str, Any], job: Job, args: argparse.Namespace) -> None:
+        """Take the repo for this start, in one commit that no other start can make as well.
+
+        --fresh removes the state there in the same commit; a git tag keeps it.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        fresh = args.fresh and not contract["training"]["step"]
+        if fresh:
+            self.put_aside()
+        if self.repo is None:
+            write_json(self.folder / CONTRACT, contract)
+            return
+        prepare_repo(self.repo, "model", "adapter", args.allow_public)
+        with hub_errors(f"claim {self.repo}"):
+            if self.head is None:
+                self.look()
+            keep = None
+            if fresh and CONTRACT in self.tree:
+                from huggingface_hub import HfApi
+
+                tag = f"before-fresh-{datetime.now(UTC):%Y%m%d-%H%M%S}"
+                HfApi().create_tag(self.repo, tag=tag, revision=self.head)
+                print(f"--fresh: the old state stays at {self.repo}@{tag}", flush=True)
+                keep = {".gitattributes"}.__contains__
+            token = os.urandom(8).hex()
+            claim = {"job_id": job.id, "namespace": job.namespace, "token": token}
+            contract["training"]["claim"] = claim
+            try:
+                self.push({CONTRACT: as_json(contract)}, f"Start {SCRIPT}", keep)
+            except TakenOver as error:
+                fail(f"{self.repo}: {error}; this start ends and has changed nothing.", code=1)
+            self.holder = token
+
+    def put_aside(self) -> None:
+        """Move an old run's files on this machine into a folder beside the new one's."""
+        there = [path for pattern in RUN_FILES for path in self.folder.glob(pattern)]
+        if not there:
+            return
+        old = self.folder / f"before-fresh-{datetime.now(UTC):%Y%m%d-%H%M%S}"
+        old.mkdir()
+        for path in there:
+            path.replace(old / path.name)
+        print(f"--fresh: the old state of this machine is in {old}", flush=True)
+        if self.repo is None:
+            self.tree = {}
+
+    def steps(self) -> list[int]:
+        """Steps of all checkpoints at the head and in the folder, newest first."""
+        names = {path.split("/")[0] for path in self.tree}
+        names |= {path.name for path in self.folder.glob("checkpoint-*")}
+        found = (re.fullmatch(r"checkpoint-(\d+)", name) for name in names)
+        return sorted((int(match[1]) for match in found if match), reverse=True)
+
+    def bring(self, step: int, run_sha256: str) -> str:
+        """Have checkpoint-N in `folder`, byte for byte; return what is wrong with it, or "".
+
+        What the head lists is compared with the manifest before a weight is downloaded.
+        """
+        name = f"checkpoint-{step}"
+        remote = self.repo is not None and any(path.startswith(f"{name}/") for path in self.tree)
+        if not (f"{name}/{MANIFEST}" in self.tree if remote else self.is_local(name)):
+            return f"lacks {MANIFEST}"
+        if remote and (problem := self.download_problem([f"{name}/{MANIFEST}"])):
+            return problem
+        try:
+            manifest = json.loads((self.folder / name / MANIFEST).read_text(encoding="utf-8"))
+            files = {
+                file: (entry["size"], entry["sha256"]) for file, entry in manifest["files"].items()
+            }
+            if any(Path(file).name != file for file in files):
+                return f"has a {MANIFEST} that names other folders"
+            if (manifest["schema"], manifest["step"]) != (SCHEMA, step):
+                return f"has the {MANIFEST} of another checkpoint or schema"
+            if manifest["run_sha256"] != run_sha256:
+                return "belongs to a run with other arguments or data"
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            return f"has a damaged {MANIFEST} ({error})"
+        for file, (size, sha256) in files.items() if remote else ():
+            found = self.tree.get(f"{name}/{file}")
+            if found is None:
+                return f"lacks {file}"
+            if found[0] != size or found[1] not in (None, sha256):
+                return f"has another {file} than its manifest says ({found[0]} bytes)"
+        damaged = self.damaged(name, files)
+        # A download can be damaged on its way, so what is wrong is fetched once more.
+        for _ in range(2 if remote and damaged else 0):
+            if problem := self.download_problem([f"{name}/{file}" for file in damaged]):
+                return problem
+            damaged = self.damaged(name, files)
+        return f"has a damaged {', '.join(damaged)}" if damaged else ""
+
+    def download_problem(self, names: list[str]) -> str:
+        """Download; return what is wrong with the files themselves. A failing Hub is raised."""
+        from httpx2 import HTTPError
+        from huggingface_hub.errors import LocalEntryNotFoundError, RemoteEntryNotFoundError
 
         try:
-            return HfApi().list_repo_files(self.repo)
-        except RepositoryNotFoundError:
-            return []
+            self.download(names)
+        except RemoteEntryNotFoundError:
+            return "has lost the content of a file"
+        except (HTTPError, LocalEntryNotFoundError):
+            raise
+        except OSError as error:
+            # The client's word for a file of another size has no errno; a full disk has.
+            if error.errno is not None:
+                raise
+            return f"cannot be downloaded whole ({str(error).splitlines()[0]})"
+        return ""
 
-    def read_contract(self) -> dict[str, Any] | None:
-        """The contract of the run that this one continues; None where nothing was saved yet."""
-        with hub_errors(f"list the files of {self.name}"):
-            if CONTRACT not in self.files():
-                return None
-            saved = self.checkpoints()
-        repo = Repo(self.name, "model", None, self.folder)
-        contract = read_contract(open_repo(self.repo, "model") if self.repo else repo, "adapter")
-        return contract if saved or contract["training"]["state"] == "complete" else None
+    def is_local(self, name: str) -> bool:
+        return (self.folder / name / MANIFEST).is_file()
 
-    def checkpoints(self) -> list[int]:
-        """Steps of the complete checkpoints, newest first; an incomplete one is named."""
-        found: dict[int, set[str]] = {}
-        for file in self.files():
-            if match := re.fullmatch(r"checkpoint-(\d+)/([^/]+)", file):
-                found.setdefault(int(match[1]), set()).add(match[2])
-        steps = []
-        for step in sorted(found, reverse=True):
-            missing = CHECKPOINT_FILES - found[step]
-            if missing:
-                print(f"checkpoint-{step} lacks {', '.join(sorted(missing))}: skipped", flush=True)
-            else:
-                steps.append(step)
-        return steps
+    def damaged(self, name: str, files: dict[str, tuple[int, str]]) -> list[str]:
+        """Files of a local checkpoint that are missing or not those of its manifest."""
+        return [
+            file
+            for file, (size, sha256) in files.items()
+            if not (path := self.folder / name / file).is_file()
+            or path.stat().st_size != size
+            or file_sha256(path) != sha256
+        ]
 
-    def fetch_checkpoint(self) -> str | None:
-        """Bring the newest complete checkpoint and the best one here; return the newest's folder.
+    def fetch_checkpoint(self, contract: dict[str, Any]) -> Path | None:
+        """Bring the newest complete checkpoint and the best one here; return what to resume from.
 
-        The best one's path in trainer_state.json becomes this machine's: Trainer otherwise
-        forgets it and ends with other weights than the uninterrupted run.
+        That is a folder of links to the newest one's files in which the best one's path is this
+        machine's: Trainer otherwise forgets it and ends with other weights than the uninterrupted
+        run.
         """
-        with hub_errors(f"list the files of {self.name}"):
-            steps = self.checkpoints()
-        if not steps:
-            print(f"no checkpoint in {self.name}: training starts at step 0", flush=True)
-            return None
-        newest = self.fetch(f"checkpoint-{steps[0]}")
-        state = json.loads((newest / "trainer_state.json").read_text(encoding="utf-8"))
-        if state["best_model_checkpoint"]:
-            best = Path(state["best_model_checkpoint"]).name
-            there = best in [f"checkpoint-{step}" for step in steps]
-            if not there:
-                print(
-                    f"the best one, {best}, is not in {self.name}: a new one is found", flush=True
+        run_sha256 = contract["training"]["run_sha256"]
+        with hub_errors(f"read the state of {self.name}"):
+            if self.repo and RUN_LOG in self.tree and contract["training"]["step"]:
+                self.download([RUN_LOG])
+            for step in self.steps():
+                if problem := self.bring(step, run_sha256):
+                    self.say(f"checkpoint-{step} {problem}: skipped")
+                    continue
+                newest = self.folder / f"checkpoint-{step}"
+                state = json.loads((newest / "trainer_state.json").read_text(encoding="utf-8"))
+                if best := state["best_model_checkpoint"]:
+                    problem = self.bring(int(best.rpartition("-")[2]), run_sha256)
+                    if problem:
+                        self.say(f"the best one, {best}, {problem}: a new best one is looked for")
+                    state["best_model_checkpoint"] = None if problem else str(self.folder / best)
+                contract["training"] |= {"step": step, "epoch": round(state["epoch"], 4)}
+                arguments = contract["arguments"]
+                samples = step * WORLD_SIZE * arguments["per_device_train_batch_size"]
+                samples *= arguments["gradient_accumulation_steps"]
+                at = f"@{self.head[:8]}" if self.head else ""
+                self.say(
+                    f"resuming from checkpoint-{step} of {self.name}{at}: step {step} of "
+                    f"{state['max_steps']}, epoch {state['epoch']:.2f}, {samples} samples consumed"
                 )
-            state["best_model_checkpoint"] = str(self.fetch(best)) if there else None
-            write_state(newest / "trainer_state.json", state)
-        print(
-            f"resuming from checkpoint-{steps[0]} of {self.name}: step {state['global_step']} of "
-            f"{state['max_steps']}, epoch {state['epoch']:.2f}",
-            flush=True,
-        )
-        return str(newest)
+                return link_checkpoint(newest, self.folder / RESUMED, state)
+        contract["training"] |= {"step": 0, "epoch": 0.0}
+        self.say(f"no checkpoint in {self.name}: training starts at step 0")
+        return None
 
-    def fetch(self, checkpoint: str) -> Path:
-        """A local folder of a checkpoint, downloaded where the Hub is the truth."""
-        folder = self.folder / checkpoint
-        if self.repo is not None:
-            shutil.rmtree(folder, ignore_errors=True)
-            source = open_repo(self.repo, "model").fetch(f"{checkpoint}/*") / checkpoint
-            shutil.copytree(source, folder)
-        return folder
+    def push(
+        self,
+        files: dict[str, Path | bytes],
+        message: str,
+        keep: Callable[[str], bool] | None = None,
+        pause: Callable[[float], Any] = time.sleep,
+        tries: int | None = 5,
+    ) -> str:
+        """Commit files, and the removal of all others that `keep` refuses; return the hash.
 
-    def begin(self, contract: dict[str, Any]) -> None:
-        """Write the contract of a run whose model and trainer stand."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        write_json(self.folder / CONTRACT, contract)
-        with hub_errors(f"write the contract to {self.name}"):
-            self.push([CONTRACT], f"Start {SCRIPT}")
-
-    def push(self, names: list[str], message: str, delete: list[str] | None = None) -> str:
-        """Commit files of `folder` under their own names, and the removal of folders, at once.
-
-        Returns the commit's hash. A local run has nothing to push.
+        The commit follows the head that we know. Where another came first, ours follows that one
+        if its contract still carries our claim; otherwise raises `TakenOver`.
         """
         if self.repo is None:
             return ""
         from huggingface_hub import CommitOperationAdd, CommitOperationDelete
+        from huggingface_hub.errors import HfHubHTTPError
 
-        operations: list[Any] = [
-            CommitOperationDelete(path_in_repo=f"{name}/", is_folder=True) for name in delete or []
-        ]
-        for name in names:
-            operations.append(CommitOperationAdd(name, path_or_fileobj=self.folder / name))
-        return commit(self.repo, "model", operations, message)
+        adds = [CommitOperationAdd(name, path_or_fileobj=source) for name, source in files.items()]
+        for attempt in range(5):
+            stale = [path for path in self.tree if keep and path not in files and not keep(path)]
+            operations = [*map(CommitOperationDelete, stale), *adds]
+            try:
+                self.head = commit(self.repo, "model", operations, message, self.head, pause, tries)
+                break
+            except HfHubHTTPError as error:
+                # 404: somebody else removed what we want to remove.
+                if error.response.status_code not in (404, 412) or attempt == 4:
+                    raise
+                self.follow_head()
+        self.tree = {path: entry for path, entry in self.tree.items() if path not in stale}
+        for add in adds:
+            self.tree[add.path_in_repo] = (add.upload_info.size, None)
+        return self.head
+
+    def follow_head(self) -> None:
+        """Take the newest commit for ours to follow, unless another start has claimed the repo."""
+        contract = self.look()
+        claim = contract and contract["training"].get("claim")
+        if (claim and claim["token"]) != self.holder:
+            job = f"job {claim['job_id']}" if claim and claim["job_id"] else "another start"
+            raise TakenOver(f"{job} has taken the run over")
+
+    def check_pushed(self, name: str) -> None:
+        """Compare what the Hub lists of a pushed checkpoint with its manifest."""
+        from huggingface_hub import HfApi
+        from huggingface_hub.hf_api import RepoFile
+
+        manifest = json.loads((self.folder / name / MANIFEST).read_text(encoding="utf-8"))
+        there = {
+            Path(item.path).name: item
+            for item in HfApi().list_repo_tree(self.repo, name, revision=self.head)
+            if isinstance(item, RepoFile)
+        }
+        for file, entry in manifest["files"].items():
+            item = there.get(file)
+            same = item and item.size == entry["size"]
+            if not same or (item.lfs and item.lfs.sha256 != entry["sha256"]):
+                raise OSError(f"the Hub lists another {name}/{file} than was pushed")
 
 
 def open_store(args: argparse.Namespace) -> Store:
@@ -444,9 +723,19 @@ def open_store(args: argparse.Namespace) -> Store:
         args.dataset_repo = f"{own_namespace()}/hsd-data"
     if not local and not args.hub_model_id:
         args.hub_model_id = f"{own_namespace()}/hsd-{args.run_name or 'lora'}"
-    scratch = Path(tempfile.gettempdir()) / f"hsd-train-{os.getpid()}"
+    scratch = Path(tempfile.gettempdir()) / f"hsd-train-{share(os.getpid())}"
     folder = Path(args.output_dir or scratch).expanduser()
     return Store(None if local else args.hub_model_id, folder)
+
+
+def file_sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def as_json(content: Any) -> bytes:
+    """The bytes of a strict JSON file."""
+    return (json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
 
 
 def write_state(file: Path, state: dict[str, Any]) -> None:
@@ -454,34 +743,132 @@ def write_state(file: Path, state: dict[str, Any]) -> None:
     file.write_text(json.dumps(state, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def check_same_run(args: argparse.Namespace, earlier: dict[str, Any], name: str) -> None:
-    """End where arguments that a resumed run must keep differ from those it began with."""
-    now = stage_record("adapter", SCRIPT, args, [])["arguments"]
-    changed = [
-        f"{key}: {earlier['arguments'].get(key)} -> {now[key]}"
-        for key in SAME_RUN
-        if earlier["arguments"].get(key) != now[key]
-    ]
-    if changed:
+def write_manifest(folder: Path, run_sha256: str) -> None:
+    """Record every file's size and SHA-256; with this file, the last, a checkpoint is complete."""
+    files = {
+        path.name: {"size": path.stat().st_size, "sha256": file_sha256(path)}
+        for path in sorted(folder.iterdir())
+        if path.name not in UNPUSHED | {MANIFEST}
+    }
+    step = int(folder.name.rpartition("-")[2])
+    manifest = {"schema": SCHEMA, "step": step, "run_sha256": run_sha256, "files": files}
+    unfinished = folder.with_name(f".{folder.name}-{MANIFEST}")
+    write_json(unfinished, manifest)
+    unfinished.replace(folder / MANIFEST)
+
+
+def link_checkpoint(newest: Path, folder: Path, state: dict[str, Any]) -> Path:
+    """Make a folder of links to a checkpoint's files with a trainer_state.json of its own."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    for path in newest.iterdir():
+        if path.name != "trainer_state.json":
+            try:
+                (folder / path.name).hardlink_to(path)
+            except OSError:  # A mounted bucket, for example, has no links.
+                shutil.copyfile(path, folder / path.name)
+    write_state(folder / "trainer_state.json", state)
+    return folder
+
+
+def read_earlier(args: argparse.Namespace, store: Store, job: Job) -> dict[str, Any] | None:
+    """The contract of the run that this start continues; None where a new run begins."""
+    with hub_errors(f"read the state of {store.name}"):
+        found = store.look()
+    if found is None:
+        return None
+    if "run_sha256" not in found["training"]:
+        fail(f"{store.name} was begun by an older version of this script; give another --run_name.")
+    check_holder(found, job, store)
+    relayed = bool(args.relay) and found["training"]["relay"]["pending"]
+    restarted = job.id is not None and found["training"]["claim"]["job_id"] == job.id
+    # A Job that is started again with its own flags goes on with what it began.
+    if args.fresh and not (found["arguments"].get("fresh") and (relayed or restarted)):
+        return None
+    saved = any(re.fullmatch(rf"checkpoint-\d+/{MANIFEST}", path) for path in store.tree)
+    if not saved and found["training"]["state"] != "complete":
+        return None
+    check_same_run(args, found, store)
+    relay = found["training"]["relay"]
+    if args.budget and relay["pending"] and relay["spent_usd"] >= args.budget:
+        fail(f"{relay['spent_usd']:.2f} $ are spent; a --budget above that goes on.")
+    return found
+
+
+def check_holder(found: dict[str, Any], job: Job, store: Store) -> None:
+    """End where the Job that holds the repo is still running; a dead one's claim is void."""
+    claim = found["training"].get("claim")
+    if not claim or not claim["job_id"] or claim["job_id"] == job.id:
+        store.holder = claim and claim["token"]
+        return
+    store.holder = claim["token"]
+    record = ask_job(claim["job_id"], claim["namespace"])
+    running = record is not None and record["status"]["stage"] == "RUNNING"
+    if running and found["training"]["state"] == "running":
         fail(
-            f"{name} holds a run with other arguments ({'; '.join(changed)}). Give the old values "
-            "to resume it, or another --hub_model_id or --output_dir to start a new run."
+            f"{store.name} is being trained by job {claim['job_id']}, which is running (hf jobs "
+            f"inspect {claim['job_id']}). Wait for it, cancel it, or give this start another "
+            "--run_name.",
+            code=1,
         )
 
 
-def is_finished(store: Store, earlier: dict[str, Any], contract: dict[str, Any]) -> bool:
+def flat_arguments(contract: dict[str, Any]) -> dict[str, Any]:
+    """A run's arguments by name, those of the trainer's config and the process count included."""
+    arguments = dict(contract["arguments"])
+    fields = arguments.pop("trainer_fields", {})
+    return {**fields, **arguments, "world_size": contract["training"]["world_size"]}
+
+
+def check_same_run(args: argparse.Namespace, earlier: dict[str, Any], store: Store) -> None:
+    """End with a table where arguments that must be equal differ from those the run began with."""
+    was = flat_arguments(earlier)
+    record = stage_record("adapter", SCRIPT, args, [])
+    now = flat_arguments(record | {"training": {"world_size": WORLD_SIZE}})
+    documented = vars(args).keys()
+    rows = []
+    for key in (key for key in {**was, **now} if was.get(key) != now.get(key)):
+        # A flag that an older version of this script did not have is no change.
+        if key in TAKES_NEW_VALUE or (key in documented and key not in was):
+            continue
+        if key in MAY_CHANGE:
+            print(f"{key} changes from {was.get(key)} to {now.get(key)}", flush=True)
+        else:
+            rows.append(f"  {key:<28} {was.get(key)!s:<24} {now.get(key)}")
+    if rows:
+        other = "--run_name NAME (a repo of its own)" if store.repo else "another --output_dir"
+        fail(
+            f"{store.name} holds a run with other arguments:\n"
+            f"  {'argument':<28} {'it began with':<24} now\n" + "\n".join(rows) + "\n"
+            f"Give {other} to start another run, the old values to resume this one, or --fresh to "
+            "start over here after the old state is archived."
+        )
+
+
+def is_finished(args: argparse.Namespace, store: Store, earlier: dict[str, Any]) -> bool:
     """Say whether the repo already holds the end of this very run, and print it."""
-    lengths = [
-        (run["arguments"]["num_train_epochs"], run["arguments"]["max_steps"])
-        for run in (earlier, contract)
-    ]
-    if lengths[0] != lengths[1]:
-        # The schedule depends on the length, so this is no longer the run that began.
-        print(f"(epochs, steps) change from {lengths[0]} to {lengths[1]}", flush=True)
-    if earlier["training"]["state"] != "complete" or lengths[0] != lengths[1]:
+    was, now = earlier["arguments"], vars(args)
+    longer = any(was[key] != now[key] for key in ("num_train_epochs", "max_steps"))
+    there = store.repo is None or {"adapter_config.json", ADAPTER_WEIGHTS} <= store.tree.keys()
+    same_data = not args.train_file or earlier["dataset"] == record_of_files(args)
+    if earlier["training"]["state"] != "complete" or longer or not there or not same_data:
         return False
     print(f"{store.name} is complete at step {earlier['training']['step']}: nothing to do")
+    if args.reclaim_storage and RANK == 0:
+        reclaim_storage(store.repo)
     return True
+
+
+def record_of_files(args: argparse.Namespace) -> dict[str, str]:
+    """What the contract says of local training data: the file's name and the hashes."""
+    record = {}
+    for name, path in (("", args.train_file), ("validation_", args.validation_file)):
+        if path:
+            file = Path(path).expanduser()
+            if not file.is_file():
+                fail(f"the file {path} does not exist.")
+            record |= {f"{name}file": file.name, f"{name}sha256": file_sha256(file)}
+    return record
 
 
 # --- data ------------------------------------------------------------------------------------
@@ -555,9 +942,8 @@ def read_local_data(args: argparse.Namespace) -> Data:
         elif prompt:
             row["prompt"] = prompt_messages(prompt, row["text"])
             row["completion"] = [{"role": "assistant", "content": row["label"]}]
-    file = Path(args.train_file).expanduser()
-    record = {"file": file.name, "sha256": hashlib.sha256(file.read_bytes()).hexdigest()}
     groups = sorted({group for row in train for group in row["target_groups"]})
+    record = record_of_files(args)
     return Data(train, validation, LABELS, POSITIVE_LABEL, groups, prompt, None, record)
 
 
@@ -607,14 +993,19 @@ def encode_rows(
     return splits[0], splits[1]
 
 
+def read_scaffold(rendering: dict[str, Any]) -> Scaffold:
+    """The scaffold as the contract keeps it."""
+    return Scaffold(
+        tuple(rendering["roles"]), tuple(rendering["pieces"]), rendering["answer_prefix"]
+    )
+
+
 def encode_conversations(
     rows: list[dict[str, Any]], tokenizer: Any, contract: dict[str, Any]
 ) -> tuple[list[dict[str, Any]], int]:
     """Token ids of prompts with their answers, and how many posts were cut."""
     rendering = contract["rendering"]
-    scaffold = Scaffold(
-        tuple(rendering["roles"]), tuple(rendering["pieces"]), rendering["answer_prefix"]
-    )
+    scaffold = read_scaffold(rendering)
     examples, num_cut = [], 0
     for row in rows:
         roles = [message["role"] for message in row["prompt"] + row["completion"]]
@@ -655,9 +1046,7 @@ def folder_sha256(folder: Path) -> str:
     """SHA-256 over a local model's config and weights, by file name: what stands for a commit."""
     digest = hashlib.sha256()
     for file in sorted([folder / "config.json", *folder.glob("*.safetensors")]):
-        with file.open("rb") as stream:
-            content = hashlib.file_digest(stream, "sha256").hexdigest()
-        digest.update(f"{file.name} {content}\n".encode())
+        digest.update(f"{file.name} {file_sha256(file)}\n".encode())
     return digest.hexdigest()
 
 
@@ -666,6 +1055,7 @@ def build_contract(
     data: Data,
     base: Repo,
     tokenizer: Any,
+    precision: str,
     earlier: dict[str, Any] | None,
 ) -> dict[str, Any]:
     """contract.json of the adapter repo: what evaluation and merge must know."""
@@ -694,7 +1084,7 @@ def build_contract(
                 "Give the old data to resume, or name another repo or folder for a new run."
             )
     inputs = [base] if data.source is None else [base, data.source]
-    return stage_record("adapter", SCRIPT, args, inputs) | {
+    contract = stage_record("adapter", SCRIPT, args, inputs) | {
         "task": args.task,
         "labels": data.labels,
         "positive_label": data.positive_label,
@@ -704,20 +1094,45 @@ def build_contract(
         "dataset": data.record,
         "prompt": data.prompt,
         "rendering": rendering
-        | {"probe_ids": ids, "probe_sha256": hashlib.sha256(json.dumps(ids).encode()).hexdigest()},
-        "training": {
-            "state": "running",
-            "step": earlier["training"]["step"] if earlier else 0,
-            "epoch": earlier["training"]["epoch"] if earlier else 0.0,
-            "job_id": os.environ.get("JOB_ID"),
-            "wandb_run_id": (
-                earlier["training"]["wandb_run_id"] if earlier else os.urandom(4).hex()
-            ),
-        },
+        | {"probe_ids": ids, "probe_sha256": hashlib.sha256(as_json(ids)).hexdigest()},
+        "training": new_training(precision),
+    }
+    if earlier:
+        kept = {"step", "epoch", "run_sha256", "wandb_run_id"}
+        # A run that was handed over counts on; a start by hand begins a new relay.
+        kept |= {"relay"} if earlier["training"]["relay"]["pending"] else set()
+        contract["training"] |= {key: earlier["training"][key] for key in kept}
+        contract["training"]["relay"]["pending"] = False
+    else:
+        contract["training"]["run_sha256"] = run_sha256(contract)
+    return contract
+
+
+def new_training(precision: str) -> dict[str, Any]:
+    """The contract's account of a run that has not begun."""
+    return {
+        "state": "running",
+        "step": 0,
+        "epoch": 0.0,
+        "precision": precision,
+        "world_size": WORLD_SIZE,
+        "job_id": os.environ.get("JOB_ID"),
+        "wandb_run_id": os.urandom(4).hex(),
+        "claim": None,
+        "relay": {"hops": 0, "spent_usd": 0.0, "pending": False},
     }
 
 
-def build_quantization(args: argparse.Namespace, base: Repo, config: Any, device: str) -> Any:
+def run_sha256(contract: dict[str, Any]) -> str:
+    """A hash of everything that makes this run's result: what its checkpoints have in common."""
+    free = {*MAY_CHANGE, *TAKES_NEW_VALUE}
+    arguments = {key: value for key, value in flat_arguments(contract).items() if key not in free}
+    identity = {key: contract[key] for key in ("base_model", "dataset", "prompt", "rendering")}
+    identity |= {"arguments": arguments, "precision": contract["training"]["precision"]}
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+
+
+def build_quantization(args: argparse.Namespace, base: Repo, config: Any, precision: str) -> Any:
     """How --load_in_4bit stores the base: NF4 with double quantisation; None without it."""
     import torch
     from transformers import BitsAndBytesConfig
@@ -733,7 +1148,7 @@ def build_quantization(args: argparse.Namespace, base: Repo, config: Any, device
         load_in_4bit=True,
         bnb_4bit_quant_type=args.bnb_4bit_quant_type,
         bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.bfloat16 if uses_bf16(args, device) else torch.float32,
+        bnb_4bit_compute_dtype=getattr(torch, precision),
         # A new head is trained whole, so it cannot be quantised.
         llm_int8_skip_modules=["classifier", "score", "lm_head"],
     )
@@ -745,6 +1160,7 @@ def build_model(
     config: Any,
     labels: list[str],
     device: str,
+    precision: str,
     quantization: Any,
 ) -> Any:
     """The base model; a classifier's new head and the LoRA weights are drawn from the seed."""
@@ -752,17 +1168,29 @@ def build_model(
     from transformers import set_seed
 
     set_seed(args.seed)
-    dtype = torch.bfloat16 if uses_bf16(args, device) else torch.float32
+    dtype = getattr(torch, precision)
     return load_base(base, config, args.task, labels, dtype, device, quantization)
 
 
-def uses_bf16(args: argparse.Namespace, device: str) -> bool:
-    """Whether base and autocast are bfloat16: as asked, or where a GPU computes in it natively."""
+def choose_precision(args: argparse.Namespace, device: str, earlier: dict[str, Any] | None) -> str:
+    """What base and autocast compute in: as asked, bfloat16 where a GPU does so natively.
+
+    A resumed run keeps the precision that it began with, on any machine.
+    """
     import torch
 
+    if earlier:
+        return earlier["training"]["precision"]
     if args.dtype != "auto":
-        return args.dtype == "bfloat16"
-    return device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        return args.dtype
+    native = device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return "bfloat16" if native else "float32"
+
+
+def fetch_base(base: Repo) -> None:
+    """Bring the base's weights here, as safetensors only; loading finds them in the cache."""
+    if base.folder is None:
+        base.fetch("model*.safetensors", "model.safetensors.index.json")
 
 
 def lora_config(args: argparse.Namespace, model: Any, base: Repo) -> Any:
@@ -789,11 +1217,632 @@ def lora_config(args: argparse.Namespace, model: Any, base: Repo) -> Any:
     )
 
 
+# --- stops, time and money -------------------------------------------------------------------
+
+
+class Stop:
+    """The wish to stop: `reason` is set by a signal or the deadline and obeyed at a step's end."""
+
+    def __init__(self) -> None:
+        self.reason: str | None = None
+        self.training = False
+
+    @contextlib.contextmanager
+    def listening(self) -> Iterator[None]:
+        """Hear SIGTERM, SIGHUP and Ctrl-C; what nohup ignores stays ignored."""
+        before = {}
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
+                if signal.getsignal(number) is not signal.SIG_IGN:
+                    before[number] = signal.signal(number, self.hear)
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def hear(self, number: int, _: Any) -> None:
+        if number == signal.SIGHUP:
+            # The terminal is gone: the next line written there would end the run.
+            for stream in (1, 2):
+                if os.isatty(stream):
+                    os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
+        name = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
+        if not self.training:
+            fail(f"{name} before the first step: nothing is lost. Submit the same command.", PAUSED)
+        if self.reason and number == signal.SIGINT:
+            # What was committed stands; without this the exit waits for an upload under way.
+            os.write(2, b"error: stopped at once; the newest pushed checkpoint stands.\n")
+            os._exit(1)
+        self.reason = self.reason or name
+
+
+class Phases:
+    """Seconds that this start has spent, by phase; `enter` ends the phase before."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self.name, self.began = "start", PROCESS_START
+
+    def enter(self, name: str) -> None:
+        now = time.time()
+        self.add(self.name, now - self.began)
+        self.name, self.began = name, now
+
+    def add(self, name: str, seconds: float) -> None:
+        self.seconds[name] = self.seconds.get(name, 0.0) + seconds
+
+    def move(self, name: str, seconds: float) -> None:
+        """Count seconds of the present phase, such as a save within training, as another."""
+        self.add(name, seconds)
+        self.add(self.name, -seconds)
+
+
+@dataclass(frozen=True)
+class Job:
+    """The Job that this process runs in, as far as the Jobs API says; else the process itself."""
+
+    id: str | None = None
+    namespace: str | None = None
+    started: float = PROCESS_START  # seconds since the epoch
+    timeout_s: float | None = None
+    retries: int = 0
+    dollars_per_hour: float | None = None
+
+    def dollars(self) -> float:
+        """What this Job has cost so far; billing is by the started minute."""
+        minutes = math.ceil((time.time() - self.started) / 60)
+        return minutes * (self.dollars_per_hour or 0.0) / 60
+
+
+def ask_job(job_id: str, namespace: str | None) -> dict[str, Any] | None:
+    """The Jobs API's raw record of a Job, which may name its timeout; None where it tells none."""
+    from httpx2 import HTTPError
+    from huggingface_hub import HfApi, get_session
+    from huggingface_hub.utils import build_hf_headers, hf_raise_for_status
+
+    def attempt(_: int) -> dict[str, Any]:
+        owner = namespace or HfApi().whoami()["name"]
+        url = f"{HfApi().endpoint}/api/jobs/{owner}/{job_id}"
+        response = get_session().get(url, headers=build_hf_headers(), timeout=10)
+        hf_raise_for_status(response)
+        return response.json()
+
+    try:
+        return retried(f"ask about the job {job_id}", attempt, tries=3)
+    except (HTTPError, OSError, ValueError):
+        return None
+
+
+def read_job() -> Job:
+    """What the Jobs API says about this Job: its start, its price and, if it tells, its end."""
+    job_id = os.environ.get("JOB_ID")
+    record = ask_job(job_id, None) if job_id and RANK == 0 else None
+    if record is None:
+        return Job(job_id)
+    from httpx2 import HTTPError
+    from huggingface_hub import HfApi
+
+    price = None
+    with contextlib.suppress(HTTPError, OSError):
+        hardware = {item.name: item for item in HfApi().list_jobs_hardware()}
+        item = hardware.get(record.get("flavor") or "")
+        per_hour = {"minute": 60, "hour": 1}
+        if item and item.unit_label in per_hour:
+            price = item.unit_cost_usd * per_hour[item.unit_label]
+    started = record.get("startedAt")
+    return Job(
+        job_id,
+        record["owner"]["name"],
+        datetime.fromisoformat(started).timestamp() if started else PROCESS_START,
+        record.get("timeoutSeconds"),
+        record.get("retry") or 0,
+        price,
+    )
+
+
+def check_money(args: argparse.Namespace, job: Job) -> None:
+    """Refuse a relay that could not start its next Job, or a budget that nothing can measure."""
+    if args.budget is not None and not args.relay:
+        fail("--budget is for --relay: a single Job is bounded by its timeout and --stop_after.")
+    if not args.relay or RANK:
+        return
+    if args.relay < 0 or (args.budget is not None and args.budget <= 0):
+        fail("--relay and --budget must be positive.")
+    if job.namespace is None:
+        fail("--relay reruns the Job that it runs in, and the Jobs API knows of none here.")
+    if job.retries:
+        fail("--relay and the Job's own retries (--attempts) would each start it; use one of them.")
+    if args.budget is not None and job.dollars_per_hour is None:
+        fail("--budget needs the flavor's price, which the Jobs API does not tell here.")
+    if args.stop_after is None and job.timeout_s is None:
+        fail("--relay hands over at a deadline: give --stop_after a little under --timeout.")
+    from huggingface_hub import HfApi
+
+    with hub_errors("ask the Hub what this token may do"):
+        token = HfApi().whoami()["auth"]["accessToken"]
+    scopes = token.get("fineGrained", {}).get("scoped", [])
+    rights = {right for scope in scopes for right in scope.get("permissions", [])}
+    if token["role"] != "write" and "job.write" not in rights:
+        fail("--relay starts Jobs, and this token may not. Give HF_TOKEN of role `write`.")
+
+
 # --- training --------------------------------------------------------------------------------
 
 
+class Uploader:
+    """Pushes one checkpoint at a time beside training; each save first settles the one before."""
+
+    def __init__(self) -> None:
+        self.thread: threading.Thread | None = None
+        self.name = self.status = ""
+        self.failing = False
+        self.error: BaseException | None = None
+        self.seconds = 0.0
+        self.cut = threading.Event()
+
+    def start(self, name: str, push: Callable[[], str]) -> None:
+        """Push in a thread; `push` returns where the checkpoint is then."""
+        self.name, self.status, self.error, self.failing = name, f"{name} under way", None, False
+        self.cut.clear()
+        self.thread = threading.Thread(target=self.work, args=[push], daemon=True)
+        self.thread.start()
+
+    def work(self, push: Callable[[], str]) -> None:
+        began = time.monotonic()
+        try:
+            where = push()
+            self.seconds = time.monotonic() - began
+            self.status = f"{self.name} on the Hub"
+            print(f"{self.name} is on the Hub: {where}, {self.seconds:.1f} s", flush=True)
+        except BaseException as error:  # Whatever it is belongs to the main thread: `settle`.
+            self.error = error
+            self.status = f"{self.name} NOT on the Hub"
+
+    def pause(self, seconds: float) -> bool:
+        """Wait between two tries; False once nobody waits for this push any more."""
+        self.failing, self.status = True, f"{self.name} NOT on the Hub yet"
+        return not self.cut.wait(seconds)
+
+    def settle(self, patience_s: float, failing_s: float) -> bool:
+        """Wait for the push under way: `patience_s`, but while its tries fail only `failing_s`.
+
+        Returns whether it has ended; a push that has failed is printed, not raised.
+        """
+        from httpx2 import HTTPError
+
+        began = time.monotonic()
+        while self.thread and self.thread.is_alive():
+            self.thread.join(0.02)
+            waited = time.monotonic() - began
+            if waited >= patience_s or (self.failing and waited >= failing_s):
+                self.cut.set()
+            if waited >= patience_s + 5:
+                return False
+        self.thread = None
+        if isinstance(self.error, (HTTPError, OSError, RuntimeError)):
+            reason = str(self.error).splitlines()[0] if str(self.error) else ""
+            reason = f"{type(self.error).__name__}: {reason}"
+            print(f"{self.name} is NOT on the Hub: {reason}", flush=True)
+            self.error = None
+        elif isinstance(self.error, TakenOver):
+            fail(f"{self.error}; this one ends. The newest pushed checkpoint stands.", code=1)
+        elif self.error:
+            raise self.error
+        return True
+
+
+@dataclass
+class Run:
+    """One start of a training run: its state, its clock, and the way its checkpoints leave."""
+
+    args: argparse.Namespace
+    store: Store
+    contract: dict[str, Any]
+    stop: Stop
+    phases: Phases
+    job: Job
+    checkpoint: Path | None
+    uploader: Uploader = field(default_factory=Uploader)
+    paused: bool = False
+    save_s: float = 0.0
+    evaluation_s: float = 0.0
+    mark: float = 0.0  # when the step, its log or its evaluation ended
+    saved: float = field(default_factory=time.monotonic)
+    began: tuple[int, float] = (0, 0.0)  # step and time of the first step of this start
+
+    def follow(self, trainer: Any) -> None:
+        """Have the trainer call this run: at each step's end, log, evaluation and save."""
+        import transformers
+        from transformers import TrainerCallback
+
+        run = self
+
+        class Keeper(TrainerCallback):
+            def on_train_begin(self, args: Any, state: Any, *_: Any, **__: Any) -> None:
+                if run.checkpoint:
+                    restore_log_window(trainer, run.checkpoint)
+                run.began = state.global_step, time.monotonic()
+                run.saved = run.mark = time.monotonic()
+
+            def on_epoch_begin(
+                self, args: Any, state: Any, control: Any, train_dataloader: Any, **_: Any
+            ) -> None:
+                set_order_of_epoch(train_dataloader, args, int(state.epoch or 0))
+
+            def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+                run.end_step(state, control)
+
+            def on_evaluate(self, *_: Any, **__: Any) -> None:
+                run.evaluation_s = time.monotonic() - run.mark
+                run.mark = time.monotonic()
+
+            def on_log(self, args: Any, state: Any, control: Any, logs: Any, **_: Any) -> None:
+                if RANK == 0:
+                    run.report(state, logs)
+                run.mark = time.monotonic()
+
+            def on_save(self, args: Any, state: Any, *_: Any, **__: Any) -> None:
+                run.save(trainer, state)
+
+        class Bar(transformers.ProgressCallback):
+            def on_log(self, *_: Any, **__: Any) -> None:
+                """Leave the lines to `report`."""
+
+        trainer.remove_callback(transformers.PrinterCallback)
+        if trainer.pop_callback(transformers.ProgressCallback):
+            trainer.add_callback(Bar())
+        trainer.add_callback(Keeper())
+
+    def train(self, trainer: Any) -> None:
+        """Train from the checkpoint to the end, or to a pause, which ends the process."""
+        if self.checkpoint and is_at_end(trainer, self.checkpoint):
+            load_end(trainer, self.checkpoint)
+            return
+        self.stop.training = True
+        try:
+            trainer.train(resume_from_checkpoint=self.checkpoint and str(self.checkpoint))
+        except Exception as error:
+            self.uploader.settle(self.args.hub_patience, 5.0)
+            step = trainer.state.global_step
+            if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error):
+                partial = self.store.folder / f"checkpoint-{step}"
+                if not (partial / MANIFEST).is_file():
+                    shutil.rmtree(partial, ignore_errors=True)
+                fail(
+                    f"the disk of {self.store.folder} is full: checkpoint-{step} could not be "
+                    "saved. Make room or give another --output_dir; the same command goes on from "
+                    f"the newest checkpoint. ({error})",
+                    code=1,
+                )
+            raise
+        if self.paused:
+            self.pause(trainer.state)
+
+    def end_step(self, state: Any, control: Any) -> None:
+        """Ask for a save or the stop where one is due, on every process at the same step."""
+        self.mark = time.monotonic()
+        due = self.mark - self.saved >= 60 * self.args.save_minutes
+        if RANK == 0 and not self.stop.reason and time.time() >= self.latest_stop():
+            self.stop.reason = "deadline"
+        due, stop = any_rank(due and RANK == 0, self.stop.reason is not None)
+        control.should_save = control.should_save or due
+        if stop and not control.should_training_stop:
+            self.stop.reason = self.stop.reason or "another process"
+            self.paused = control.should_save = control.should_training_stop = True
+
+    def deadline(self) -> float:
+        """The moment (seconds since the epoch) at which this process must have ended."""
+        ends = [math.inf]
+        if self.args.stop_after:
+            ends.append(PROCESS_START + self.args.stop_after)
+        if self.job.timeout_s:
+            ends.append(self.job.started + self.job.timeout_s)
+        if self.args.budget and self.job.dollars_per_hour:
+            left = self.args.budget - self.contract["training"]["relay"]["spent_usd"]
+            ends.append(self.job.started + 3600 * left / self.job.dollars_per_hour - 60)
+        return min(ends)
+
+    def latest_stop(self) -> float:
+        """The deadline less twice a measured save and push, and an evaluation that may be due."""
+        deadline = self.deadline()
+        needed = 2 * (self.save_s + self.uploader.seconds) + self.evaluation_s
+        if not self.save_s and deadline < math.inf:
+            needed = min(60.0, 0.1 * (deadline - PROCESS_START))
+        return deadline - needed
+
+    def report(self, state: Any, logs: dict[str, Any]) -> None:
+        """One line of progress, which also says where the newest checkpoint is."""
+        shown = [
+            f"{name} {value:.4g}"
+            for name, value in logs.items()
+            if isinstance(value, (int, float)) and not name.endswith(("_runtime", "_per_second"))
+        ]
+        line = f"step {state.global_step}/{state.max_steps} {', '.join(shown)}"
+        first, since = self.began
+        if "loss" in logs and state.global_step > first:
+            pace = (time.monotonic() - since) / (state.global_step - first)
+            left = pace * (state.max_steps - state.global_step) / 60
+            line += f", {pace:.2f} s/step, {left:.0f} min left"
+        if self.uploader.status:
+            line += f"; {self.uploader.status}"
+        self.store.say(line)
+
+    def save(self, trainer: Any, state: Any) -> None:
+        """Complete a checkpoint that Trainer has just written, and push it beside training."""
+        name = f"checkpoint-{state.global_step}"
+        folder = self.store.folder / name
+        write_log_window(trainer, folder)
+        if RANK:
+            return
+        self.save_s = time.monotonic() - self.mark
+        self.phases.move("save", self.save_s)
+        best = Path(state.best_model_checkpoint or "").name
+        file = folder / "trainer_state.json"
+        saved = json.loads(file.read_text(encoding="utf-8"))
+        write_state(file, saved | {"best_model_checkpoint": best or None})
+        record_base(folder, self.contract)
+        write_json(folder / LOGGERS, logger_state())
+        training = self.contract["training"]
+        training |= {"step": state.global_step, "epoch": round(state.epoch, 4)}
+        training["state"] = "paused" if self.paused else "running"
+        training["relay"] |= {"pending": self.may_relay()}
+        if self.paused:
+            training["relay"]["spent_usd"] += round(self.job.dollars(), 4)
+            training["relay"]["hops"] += training["relay"]["pending"]
+        began = time.monotonic()
+        ended = self.uploader.settle(self.args.hub_patience if self.paused else 60.0, 0.0)
+        self.rotate({name, best, *([] if ended else [self.uploader.name])})
+        self.saved = time.monotonic()
+        if self.store.repo is None:
+            write_manifest(folder, training["run_sha256"])
+            write_json(self.store.folder / CONTRACT, self.contract)
+        elif ended:
+            contract = as_json(self.contract)
+            self.uploader.start(name, lambda: self.push(name, best, contract))
+        else:
+            print(f"{name} is NOT on the Hub: the push of {self.uploader.name} is not through yet")
+        self.phases.move("push", time.monotonic() - began)
+        self.mark = time.monotonic()
+
+    def rotate(self, kept: set[str]) -> None:
+        """Remove local checkpoints beyond the newest --keep_checkpoints and those of `kept`."""
+        found = [path for path in self.store.folder.glob("checkpoint-*") if path.is_dir()]
+        found = [path for path in found if re.fullmatch(r"checkpoint-\d+", path.name)]
+        found.sort(key=lambda path: int(path.name.rpartition("-")[2]), reverse=True)
+        for path in found[self.args.keep_checkpoints :]:
+            if path.name not in kept:
+                shutil.rmtree(path)
+
+    def push(self, name: str, best: str, contract: bytes) -> str:
+        """One commit: checkpoint-N with its manifest, contract and log, less older checkpoints."""
+        store, training = self.store, self.contract["training"]
+        write_manifest(store.folder / name, training["run_sha256"])
+        # The best one is missing there when its own push failed.
+        wanted = {name} | ({best} if best and f"{best}/{MANIFEST}" not in store.tree else set())
+        files: dict[str, Path | bytes] = {CONTRACT: contract}
+        for checkpoint in sorted(wanted):
+            manifest = store.folder / checkpoint / MANIFEST
+            names = json.loads(manifest.read_text(encoding="utf-8"))["files"]
+            for file in (*names, MANIFEST):
+                files[f"{checkpoint}/{file}"] = store.folder / checkpoint / file
+        for path in (store.folder / RUN_LOG, *(store.folder / "runs").rglob("*")):
+            if path.is_file():
+                files[path.relative_to(store.folder).as_posix()] = path.read_bytes()
+        found = {step for path in store.tree if (step := checkpoint_step(path))}
+        newest = sorted(found | {checkpoint_step(f"{name}/")}, reverse=True)
+        kept = {*newest[: self.args.keep_checkpoints], checkpoint_step(f"{best}/"), None}
+        commit_hash = store.push(
+            files,
+            f"Save {name}",
+            lambda path: checkpoint_step(path) in kept,
+            self.uploader.pause,
+            tries=None,
+        )
+        for checkpoint in wanted:
+            store.check_pushed(checkpoint)
+        return f"{store.repo}@{commit_hash[:8]}"
+
+    def is_saved(self, step: int) -> bool:
+        """Whether the repo, or for a local run the folder, holds this step's checkpoint."""
+        name = f"checkpoint-{step}"
+        if self.store.repo is None:
+            return self.store.is_local(name)
+        return f"{name}/{MANIFEST}" in self.store.tree
+
+    def pause(self, state: Any) -> None:
+        """Wait until the last checkpoint is where it belongs, say what is left, and end."""
+        if RANK:
+            # torchrun ends all processes at the first one's exit, so this one waits for the push.
+            share(None)
+            raise SystemExit(PAUSED)
+        self.phases.enter("push")
+        self.uploader.settle(self.args.hub_patience, self.args.hub_patience)
+        if not self.is_saved(state.global_step):
+            fail(
+                f"stopped at step {state.global_step}, which is only in {self.store.folder} of "
+                "this machine: the Hub did not take it. The same command goes on from the newest "
+                "checkpoint that it finds.",
+                code=1,
+            )
+        first, since = self.began
+        pace = (self.mark - since) / max(1, state.global_step - first)
+        left_s = pace * (state.max_steps - state.global_step)
+        price = self.job.dollars_per_hour
+        left = f"about {left_s / 60:.0f} min" + (
+            f" and {left_s / 3600 * price:.2f} $ of this machine" if price else ""
+        )
+        # Printed only: after its last commit a paused run writes nothing.
+        print(
+            f"paused at step {state.global_step} of {state.max_steps}: {self.stop.reason}. "
+            f"{left} are left; the same command goes on from here.",
+            flush=True,
+        )
+        self.print_phases()
+        if self.contract["training"]["relay"]["pending"]:
+            self.hand_over()
+        elif self.args.relay:
+            print(
+                "relay: this Job is not run again (a signal, no hops or no budget left)", flush=True
+            )
+        share(None)
+        raise SystemExit(PAUSED)
+
+    def may_relay(self) -> bool:
+        """Whether this pause is to rerun the Job: a signal, such as a cancellation, never is."""
+        relay = self.contract["training"]["relay"]
+        if not (self.paused and self.args.relay and self.stop.reason == "deadline"):
+            return False
+        spent = relay["spent_usd"] + self.job.dollars()
+        within = self.args.budget is None or spent < self.args.budget
+        return relay["hops"] < self.args.relay and within
+
+    def hand_over(self) -> None:
+        """Start this very Job again, its secrets and arguments as they were."""
+        from httpx2 import HTTPError
+        from huggingface_hub import HfApi
+
+        relay = self.contract["training"]["relay"]
+        try:
+            following = HfApi().rerun_job(job_id=self.job.id, namespace=self.job.namespace)
+        except (HTTPError, OSError) as error:
+            fail(f"cannot rerun the Job ({error}). Submit the same command.", PAUSED)
+        print(
+            f"relay {relay['hops']} of {self.args.relay}: job {following.id} goes on; "
+            f"{relay['spent_usd']:.2f} $ spent so far",
+            flush=True,
+        )
+
+    def print_phases(self) -> None:
+        """Seconds per phase and dollars of this start."""
+        self.phases.enter("end")
+        seconds = dict(self.phases.seconds)
+        if self.job.started < PROCESS_START:
+            seconds = {"install": PROCESS_START - self.job.started, **seconds}
+        shown = ", ".join(f"{name} {value:.1f} s" for name, value in seconds.items())
+        price = self.job.dollars_per_hour
+        money = f"; {self.job.dollars():.2f} $ at {price:.2f} $/h" if price else ""
+        print(f"phases: {shown}{money}", flush=True)
+
+
+def checkpoint_step(path: str) -> int | None:
+    """The step of the checkpoint that a repo's path belongs to."""
+    match = re.match(r"checkpoint-(\d+)/", path)
+    return int(match[1]) if match else None
+
+
+def any_rank(*flags: bool) -> list[bool]:
+    """Each flag, or-ed over all processes of a torchrun start, so that all do the same."""
+    if WORLD_SIZE == 1:
+        return list(flags)
+    import torch
+    from torch import distributed
+
+    said = torch.tensor([int(flag) for flag in flags])
+    distributed.all_reduce(said, distributed.ReduceOp.MAX)
+    return [bool(flag) for flag in said]
+
+
+def set_order_of_epoch(train_dataloader: Any, args: Any, epoch: int) -> None:
+    """Let the order of the rows depend on seed and epoch alone, on every rank.
+
+    Trainer draws a length-sorted order from the global generator, which a resumed run has not
+    reached yet; and accelerate hands the epoch no deeper than two wrappers, which is one too few
+    for a rank that skips the first batches.
+    """
+    import torch
+    from transformers.trainer_pt_utils import LengthGroupedSampler
+
+    sampler = train_dataloader.batch_sampler
+    while hasattr(sampler, "batch_sampler"):
+        sampler = sampler.batch_sampler
+    sampler = getattr(sampler, "sampler", sampler)
+    if hasattr(sampler, "set_epoch"):
+        sampler.set_epoch(epoch)
+    elif isinstance(sampler, LengthGroupedSampler):
+        seed = args.seed if args.data_seed is None else args.data_seed
+        sampler.generator = torch.Generator().manual_seed(seed + epoch)
+
+
+def write_log_window(trainer: Any, folder: Path) -> None:
+    """Save what this rank has summed up since the last logged step, and the count of tokens.
+
+    Returns when every rank has written its files of this checkpoint.
+    """
+    window = {
+        "loss_sum": trainer._tr_loss.item(),
+        "last_logged_step": trainer._globalstep_last_logged,
+    }
+    # Only SFTTrainer has these.
+    if hasattr(trainer, "_total_train_tokens"):
+        window["metrics"] = trainer._metrics["train"]
+        window["num_tokens"] = trainer._total_train_tokens
+    file = folder / f"log_window_{trainer.args.process_index}.json"
+    file.write_text(json.dumps(window, indent=2) + "\n", encoding="utf-8")
+    trainer.accelerator.wait_for_everyone()
+
+
+def restore_log_window(trainer: Any, folder: Path) -> None:
+    """Take up the sums of write_log_window, which Trainer sets to zero before on_train_begin."""
+    file = folder / f"log_window_{trainer.args.process_index}.json"
+    window = json.loads(file.read_text(encoding="utf-8"))
+    trainer._tr_loss.fill_(window["loss_sum"])
+    trainer._globalstep_last_logged = window["last_logged_step"]
+    if "metrics" in window:
+        trainer._metrics["train"].update(window["metrics"])
+        trainer._total_train_tokens = window["num_tokens"]
+
+
+def is_at_end(trainer: Any, folder: Path) -> bool:
+    """Whether a checkpoint is the last of its run: no step is left, or the patience is used up.
+
+    Trainer looks at both only after a step, so it would train one more.
+    """
+    from transformers import EarlyStoppingCallback
+
+    state = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
+    dataloader = trainer.get_train_dataloader()
+    *_, max_steps = trainer.set_initial_training_values(trainer.args, dataloader)
+    if state["global_step"] >= max_steps:
+        return True
+    saved = state["stateful_callbacks"].get("EarlyStoppingCallback")
+    return saved is not None and any(
+        saved["attributes"]["early_stopping_patience_counter"] >= callback.early_stopping_patience
+        for callback in trainer.callback_handler.callbacks
+        if isinstance(callback, EarlyStoppingCallback)
+    )
+
+
+def load_end(trainer: Any, folder: Path) -> None:
+    """Bring the trainer where its last step had left it: state, and the best or newest weights."""
+    from peft import load_peft_weights, set_peft_model_state_dict
+    from transformers import TrainerState
+
+    trainer.state = TrainerState.load_from_json(str(folder / "trainer_state.json"))
+    best = trainer.state.best_model_checkpoint if trainer.args.load_best_model_at_end else None
+    weights = load_peft_weights(str(best or folder), device=str(trainer.args.device))
+    set_peft_model_state_dict(trainer.model, weights)
+
+
+def keep_four_bit_layout(model: Any) -> None:
+    """Keep a base in four bits as it was loaded; called before the trainer is built.
+
+    On a CPU with AVX512-BF16 bitsandbytes repacks each layer at the first evaluation, in place and
+    with loss. From then on no gradient flows through the layer, and a resumed run, which starts
+    from the loaded layout, differs.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+
+
 def build_settings(
-    args: argparse.Namespace, config: Any, device: str, evaluates: bool, folder: Path
+    args: argparse.Namespace,
+    config: Any,
+    device: str,
+    precision: str,
+    evaluates: bool,
+    folder: Path,
 ) -> Any:
     """SFTConfig or TrainingArguments: ours, then the user's further fields, as they allow."""
     import transformers
@@ -804,13 +1853,12 @@ def build_settings(
         "save_strategy": "steps",
         "eval_strategy": "steps" if evaluates else "no",
         "eval_steps": args.save_steps,
-        "save_total_limit": args.keep_checkpoints,
         "load_best_model_at_end": best,
         "metric_for_best_model": "eval_loss" if best else None,
         # Without this the patience counts from zero after each resume.
         "restore_callback_states_from_checkpoint": True,
         "use_cpu": device == "cpu",
-        "bf16": uses_bf16(args, device),
+        "bf16": precision == "bfloat16",
         "activation_checkpointing": device == "cuda",
         # A Job's log has no terminal to redraw a bar on.
         "disable_tqdm": not sys.stderr.isatty(),
@@ -865,6 +1913,11 @@ def build_trainer(
         import trl
 
         trainer = trl.SFTTrainer(model, args=settings, peft_config=config, **common)
+    # On a CPU, bitsandbytes repacks the base for evaluation and back for a save, with a loss: what
+    # is trained after that would depend on the evaluations since the start.
+    for module in trainer.model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
     # TRL makes the LoRA weights of a quantised model bfloat16, but a resume loads them as
     # float32: only float32 from the start continues as the same run.
     for weight in trainer.model.parameters():
@@ -892,18 +1945,6 @@ def warn_of_warmup(settings: Any, num_rows: int) -> None:
         )
 
 
-def add_push_callback(trainer: Any, store: Store, contract: dict[str, Any], keep: int) -> None:
-    """Push every checkpoint as soon as it is saved, before the next step."""
-    from transformers import TrainerCallback
-
-    class PushCheckpoint(TrainerCallback):
-        def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            if state.is_world_process_zero:
-                push_checkpoint(store, contract, state, keep)
-
-    trainer.add_callback(PushCheckpoint())
-
-
 def record_base(folder: Path, contract: dict[str, Any]) -> None:
     """Name the base in a saved adapter as the contract does: of a local one only the last part.
 
@@ -914,60 +1955,15 @@ def record_base(folder: Path, contract: dict[str, Any]) -> None:
     write_json(file, saved | {"base_model_name_or_path": contract["base_model"]["repo"]})
 
 
-def push_checkpoint(store: Store, contract: dict[str, Any], state: Any, keep: int) -> None:
-    """One commit: checkpoint-N/, the contract at this step, and the removal of older checkpoints.
-
-    A failed push is printed and the training goes on; the next checkpoint is pushed whole.
-    """
-    from httpx2 import HTTPError
-
-    name = f"checkpoint-{state.global_step}"
-    best = Path(state.best_model_checkpoint or "").name
-    file = store.folder / name / "trainer_state.json"
-    saved = json.loads(file.read_text(encoding="utf-8"))
-    write_state(file, saved | {"best_model_checkpoint": best or None})
-    record_base(store.folder / name, contract)
-    contract["training"] |= {"step": state.global_step, "epoch": round(state.epoch, 4)}
-    write_json(store.folder / CONTRACT, contract)
-    if store.repo is None:
-        return
-    try:
-        there = [f"checkpoint-{step}" for step in store.checkpoints() if step != state.global_step]
-        # The best one is missing there when its own push failed.
-        missing = {best} - {*there, name, ""}
-        files = [
-            f"{checkpoint}/{path.name}"
-            for checkpoint in sorted({name} | missing)
-            for path in sorted((store.folder / checkpoint).iterdir())
-            if path.name not in UNPUSHED
-        ]
-        stale = [checkpoint for checkpoint in there[keep - 1 :] if checkpoint != best]
-        commit_hash = store.push([CONTRACT, *files], f"Save {name}", delete=stale)
-        print(f"{name} is on the Hub: {store.repo}@{commit_hash[:8]}", flush=True)
-    except (HTTPError, OSError, RuntimeError) as error:
-        print(f"{name} is NOT on the Hub: {error}", flush=True)
-
-
-def start_wandb(args: argparse.Namespace, contract: dict[str, Any]) -> None:
-    """Let a resumed run continue its W&B run; without a key W&B writes offline."""
-    if "wandb" not in args.report_to:
-        return
-    os.environ.setdefault("WANDB_PROJECT", "hate-speech-detector")
-    os.environ.setdefault("WANDB_RUN_ID", contract["training"]["wandb_run_id"])
-    os.environ.setdefault("WANDB_RESUME", "allow")
-    if not os.environ.get("WANDB_API_KEY"):
-        os.environ.setdefault("WANDB_MODE", "offline")
-        if os.environ.get("JOB_ID"):
-            print("no WANDB_API_KEY: the W&B log is offline and ends with this Job", flush=True)
-
-
-def finish(store: Store, trainer: Any, tokenizer: Any, contract: dict[str, Any]) -> None:
-    """Push adapter, tokenizer, contract and card to the root in one commit; say where."""
+def finish(run: Run, trainer: Any, tokenizer: Any) -> None:
+    """Push adapter, tokenizer, contract and card to the root in one commit; check and list them."""
+    store, contract, state = run.store, run.contract, trainer.state
+    patience_s = run.args.hub_patience
+    run.uploader.settle(patience_s, patience_s)
     final = store.folder / "final"
     trainer.save_model(str(final))
     tokenizer.save_pretrained(final)
     record_base(final, contract)
-    state = trainer.state
     finite = state.best_metric is not None and math.isfinite(state.best_metric)
     kept = state.best_model_checkpoint if trainer.args.load_best_model_at_end else None
     contract["training"] |= {
@@ -985,13 +1981,158 @@ def finish(store: Store, trainer: Any, tokenizer: Any, contract: dict[str, Any])
     for name in names:
         (final / name).replace(store.folder / name)
     final.rmdir()
-    with hub_errors(f"push the adapter to {store.name}; it is still in {store.folder}"):
-        commit_hash = store.push(names, f"Finish at step {state.global_step}")
-    where = f"{store.repo}@{commit_hash[:8]}" if store.repo else str(store.folder)
-    adapter = store.repo or store.folder.resolve()
-    print(f"adapter: {where} (step {state.global_step}, epoch {state.epoch:.2f})", flush=True)
-    data = "" if "repo" in contract["dataset"] else " --test_file POSTS.jsonl"
-    print(f"next: uv run eval/eval.py --adapter {adapter}{data}", flush=True)
+    before = probe_scores(trainer, tokenizer, contract)
+    if store.repo:
+        store.say(f"finished at step {state.global_step}; pushing the adapter")
+        push_final(run, names)
+    reload_adapter(store, trainer)
+    after = probe_scores(trainer, tokenizer, contract)
+    difference = max(abs(x - y) for x, y in zip(before, after, strict=True))
+    if not difference <= PROBE_TOLERANCE:
+        contract["training"]["state"] = "running"
+        with hub_errors(f"push to {store.name}"):
+            store.push({CONTRACT: as_json(contract)}, "Take the end back")
+        fail(f"the adapter in {store.name} scores otherwise than the trained one.", code=1)
+    print_receipt(run, names, difference)
+    print(f"next: uv run eval/eval.py --adapter {store.repo or store.folder.resolve()}", end="")
+    print("" if "repo" in contract["dataset"] else " --test_file POSTS.jsonl", flush=True)
+
+
+def push_final(run: Run, names: list[str]) -> None:
+    """Commit the root's files, after the history is squashed where that is asked for."""
+    store = run.store
+    end = time.monotonic() + run.args.hub_patience
+
+    def pause(seconds: float) -> bool:
+        if time.monotonic() >= end:
+            return False
+        time.sleep(min(seconds, max(0.0, end - time.monotonic())))
+        return True
+
+    files: dict[str, Path | bytes] = {name: store.folder / name for name in names}
+    files[RUN_LOG] = (store.folder / RUN_LOG).read_bytes()
+    with hub_errors(f"push the adapter to {store.repo}; it is still in {store.folder}"):
+        if run.args.squash_history:
+            squash_history(store)
+        try:
+            title = f"{FINISH} {run.contract['training']['step']}"
+            store.push(files, title, pause=pause, tries=None)
+        except TakenOver as error:
+            fail(f"{error}; this one ends, and its adapter is in {store.folder}.", code=1)
+    if run.args.reclaim_storage:
+        with hub_errors(f"reclaim the storage of {store.repo}"):
+            reclaim_storage(store.repo)
+
+
+def probe_scores(trainer: Any, tokenizer: Any, contract: dict[str, Any]) -> list[float]:
+    """Log-likelihood of each label for two fixed posts, from the model as it stands."""
+    import torch
+
+    model, scores = trainer.model.eval(), []
+    rendering, strategy = contract["rendering"], contract["prompt"]
+    with torch.no_grad(), trainer.autocast_smart_context_manager():
+        for post in (PROBE_POST, "The council met on Monday."):
+            if strategy is None:
+                ids, _ = encode_post(tokenizer, post, rendering["max_length"])
+                answers = {}
+            else:
+                scaffold = read_scaffold(rendering)
+                messages = prompt_messages(strategy, post)
+                contents = [message["content"] for message in messages]
+                ids = encode_contents(tokenizer, scaffold, contents)
+                answers = rendering["label_completions"]
+            for answer in answers.values() or [[]]:
+                batch = torch.tensor([ids + answer], device=model.device)
+                logits = model(input_ids=batch, attention_mask=torch.ones_like(batch)).logits
+                if not answer:
+                    scores += logits[0].float().log_softmax(-1).tolist()
+                    continue
+                steps = logits[0, len(ids) - 1 : -1].float().log_softmax(-1)
+                chosen = steps.gather(1, torch.tensor(answer, device=steps.device)[:, None])
+                scores.append(chosen.sum().item())
+    return scores
+
+
+def reload_adapter(store: Store, trainer: Any) -> None:
+    """Replace every trained weight by what the repo or folder holds: what others will load.
+
+    The weights are set to zero first, so that one which the file lacks cannot stay unnoticed.
+    """
+    from peft import load_peft_weights, set_peft_model_state_dict
+
+    with hub_errors(f"read the adapter back from {store.name}"):
+        if store.repo:
+            (store.folder / ADAPTER_WEIGHTS).unlink()
+        store.download([ADAPTER_WEIGHTS, "adapter_config.json"])
+    for weight in trainer.model.parameters():
+        if weight.requires_grad:
+            weight.data.zero_()
+    device = str(trainer.args.device)
+    weights = load_peft_weights(str(store.folder), device=device, use_safetensors=True)
+    set_peft_model_state_dict(trainer.model, weights)
+
+
+def print_receipt(run: Run, names: list[str], difference: float) -> None:
+    """What there is now and where: repo, path, commit and size."""
+    store, state = run.store, run.contract["training"]
+    with hub_errors(f"list {store.name}"):
+        store.look()
+    sizes: dict[str, int] = {}
+    for path, (size, _) in sorted(store.tree.items()):
+        if path in names:
+            sizes[path] = size
+        elif checkpoint_step(path) is not None:
+            folder = path.partition("/")[0] + "/"
+            sizes[folder] = sizes.get(folder, 0) + size
+    place = f"{store.repo}@{store.head[:8]}" if store.repo else str(store.folder)
+    print(f"artefacts in {place}:")
+    for path, size in sizes.items():
+        print(f"  {path:<32} {size / 1e6:10.3f} MB")
+    print(
+        f"adapter: {place} (step {state['step']}, epoch {state['epoch']}); read back, its scores "
+        f"of two probe posts differ by {difference:.1e}"
+    )
+    run.print_phases()
+
+
+def squash_history(store: Store) -> None:
+    """Make main one commit, unless an adapter ever stood there that others may have pinned."""
+    from huggingface_hub import HfApi
+
+    api = HfApi()
+    if any(entry.title.startswith(FINISH) for entry in api.list_repo_commits(store.repo)):
+        print("--squash_history is left out: an evaluation or a merge may have pinned a commit")
+        return
+    api.super_squash_history(store.repo, commit_message="Squash the checkpoints' history")
+    store.look()
+
+
+def reclaim_storage(repo: str) -> None:
+    """Delete for good the LFS objects that no branch, tag or finished root uses.
+
+    No history is rewritten, so every commit that an evaluation or a merge has pinned stays, and
+    with it the adapter at its root.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.hf_api import RepoFile
+
+    api = HfApi()
+    refs = api.list_repo_refs(repo)
+    heads = {ref.target_commit for ref in (*refs.branches, *refs.tags, *refs.converts)}
+    finished = {
+        entry.commit_id for entry in api.list_repo_commits(repo) if entry.title.startswith(FINISH)
+    }
+    used = {
+        item.lfs.sha256
+        for revision in heads | finished
+        for item in api.list_repo_tree(repo, recursive=True, revision=revision)
+        if isinstance(item, RepoFile) and item.lfs
+        if revision in heads or "/" not in item.path
+    }
+    gone = [file for file in api.list_lfs_files(repo) if file.file_oid not in used]
+    api.permanently_delete_lfs_files(repo, gone, rewrite_history=False)
+    size = sum(file.size for file in gone)
+    print(f"--reclaim_storage: {len(gone)} objects deleted, {size / 1e6:.1f} MB", flush=True)
 
 
 def model_card(store: Store, contract: dict[str, Any]) -> str:
@@ -1021,6 +2162,207 @@ errors, and not the same ones for every group; it is not for unattended removal 
 
     uv run eval/eval.py --adapter {store.repo or "./" + store.folder.name}
 """
+
+
+# --- loggers ---------------------------------------------------------------------------------
+
+
+def check_loggers(args: argparse.Namespace) -> None:
+    """Refuse a --report_to that cannot work, and write out what `all` stands for.
+
+    W&B, the default, is a pinned dependency; only further names make this import transformers.
+    """
+    names = set(args.report_to)
+    if names <= {"wandb"} or names == {"none"}:
+        return
+    if len(names) > 1 and names & {"all", "none"}:
+        fail(f"--report_to {' '.join(args.report_to)}: all and none stand alone.")
+    from transformers.integrations import integration_utils
+
+    ready = integration_utils.get_available_reporting_integrations()
+    if names == {"all"}:
+        args.report_to = ready
+        return
+    known = integration_utils.INTEGRATION_TO_CALLBACK
+    for name in args.report_to:
+        if name not in known:
+            fail(f"--report_to {name} is none of {', '.join(known)}, all, none.")
+        if name not in ready:
+            package = name.replace("_", "-")
+            fail(
+                f"--report_to {name}: its package is not installed or not set up. Add it: "
+                f"hf jobs uv run --with {package} {SCRIPT}, or uv run --with {package} {SCRIPT}"
+            )
+
+
+def start_wandb(
+    args: argparse.Namespace, contract: dict[str, Any], remembered: dict[str, Any]
+) -> int:
+    """Open this start's part of the one W&B run; return the training step that it already reaches.
+
+    `remembered` is the logger_state() of the checkpoint that training resumes from: the run is
+    rewound to it. That holds offline as well, where `wandb sync` of the parts in their order does
+    it later. A server that refuses keeps its points, which are then not logged again (-1: there
+    are none). No failure here ends the training. Tried against a loopback server only: W&B's own
+    may refuse for other reasons.
+    """
+    import wandb
+
+    # The user's own WANDB_ variables win. The terminal's text and the working copy's diff can
+    # hold posts, the command line and the machine's description paths: none of it is sent.
+    # Without limits an outage of W&B keeps a finished Job waiting, as does its telemetry.
+    for name, value in {
+        "WANDB_PROJECT": "hate-speech-detector",
+        "WANDB_RUN_ID": contract["training"]["wandb_run_id"],
+        "WANDB_NAME": args.run_name or Path(args.hub_model_id or args.output_dir).name,
+        "WANDB_CONSOLE": "off",
+        "WANDB_DISABLE_GIT": "true",
+        "WANDB__DISABLE_META": "true",
+        "WANDB_PROGRAM": SCRIPT,
+        "WANDB_ERROR_REPORTING": "false",
+        "WANDB_INIT_TIMEOUT": "30",
+        "WANDB_FINISH_TIMEOUT": "60",
+        "WANDB__TRANSACTION_LOG_FLUSH_INTERVAL": "1",
+    }.items():
+        os.environ.setdefault(name, value)
+    config = contract["arguments"] | {key: contract[key] for key in ("base_model", "dataset")}
+    try:
+        attempts = wandb_attempts(remembered)
+    except Exception as error:
+        print(f"W&B cannot be set up: {error}", flush=True)
+        return -1
+    for options in attempts:
+        try:
+            return open_wandb(wandb.init(config=config, **options))
+        except Exception as error:
+            action = "rewind its run" if "resume_from" in options else "start"
+            print(f"W&B cannot {action}: {error}".splitlines()[0], flush=True)
+            # Its service otherwise goes on holding the run id of the failed start.
+            with contextlib.suppress(Exception):
+                wandb.teardown()
+    print("this start has no W&B log", flush=True)
+    return -1
+
+
+def wandb_attempts(remembered: dict[str, Any]) -> list[dict[str, Any]]:
+    """Arguments of wandb.init to try in turn: rewind, append, and without a server offline."""
+    import wandb
+
+    if os.environ.get("WANDB_DISABLED", "").lower() in ("1", "true", "yes", "on"):
+        return [{"mode": "disabled"}]
+    run_id = os.environ["WANDB_RUN_ID"]
+    starts: list[dict[str, Any]] = [{"resume": "allow"}]
+    if remembered.get("wandb_run_id") == run_id:
+        starts.insert(0, {"resume_from": f"{run_id}?_step={remembered['wandb_step']}"})
+    # These exclude each other: a user who sets one decides alone.
+    if os.environ.keys() & {"WANDB_RESUME", "WANDB_RESUME_FROM", "WANDB_FORK_FROM"}:
+        starts = [{}]
+    offline = starts[0] | {"mode": "offline"}
+    mode = wandb.setup().settings.mode
+    if mode == "online" and not wandb.login(prompt=False, verify=False):
+        print("no W&B key: WANDB_API_KEY is not set and nobody is logged in", flush=True)
+        return [offline]
+    return [*starts, offline] if mode == "online" else [starts[0]]
+
+
+def open_wandb(run: Any) -> int:
+    """Give a W&B run its axis and say how it is kept; return the training step it reaches, or -1.
+
+    Only a run that was not rewound has points of the steps that now come again.
+    """
+    run.define_metric("train/global_step")
+    run.define_metric("*", step_metric="train/global_step", step_sync=True)
+    reached = run.summary.get("train/global_step", -1) if run.resumed else -1
+    if reached < 0 and not run.starting_step:
+        # A checkpoint before the first logged loss has this point to rewind to.
+        run.log({"train/global_step": 0})
+    if run.offline:
+        ends = "; it ends with this Job" if os.environ.get("JOB_ID") else ""
+        print(f"W&B is offline{ends}: wandb sync {run.settings.sync_dir}", flush=True)
+    if reached >= 0:
+        print(
+            f"W&B appends on the axis train/global_step; it has the points up to step {reached} "
+            "and does not get them again",
+            flush=True,
+        )
+    return reached
+
+
+def open_loggers(
+    args: argparse.Namespace, trainer: Any, contract: dict[str, Any], checkpoint: Path | None
+) -> None:
+    """Let the loggers go on where the checkpoint left them, and let none of them stop the run."""
+    remembered: dict[str, Any] = {}
+    if checkpoint:
+        remembered = json.loads((checkpoint / LOGGERS).read_text(encoding="utf-8"))
+    reached = -1
+    if RANK == 0 and "wandb" in args.report_to:
+        reached = start_wandb(args, contract, remembered)
+    guard_loggers(trainer, contract["training"]["step"], reached)
+
+
+def logger_state() -> dict[str, Any]:
+    """What a checkpoint remembers of the loggers: W&B's run and its own last step; {} without.
+
+    W&B counts the calls that logged something, not the steps of training.
+    """
+    wandb = sys.modules.get("wandb")
+    if wandb is None or wandb.run is None or wandb.run.disabled:
+        return {}
+    try:
+        # Until its first point a rewound run names 0 as the next step.
+        following = max(wandb.run.step, wandb.run.starting_step)
+    except Exception as error:
+        print(f"W&B does not tell its step: {error}", flush=True)
+        return {}
+    return {"wandb_run_id": wandb.run.id, "wandb_step": following - 1} if following else {}
+
+
+def guard_loggers(trainer: Any, step: int = 0, reached: int = -1) -> None:
+    """Keep a logger that raises from ending the training: it is named once and left out.
+
+    `step` is where training resumes: TensorBoard drops the later points of earlier starts. W&B
+    gets no point up to `reached`, and of the arguments only what start_wandb gave it.
+    """
+    from transformers.integrations import integration_utils as integrations
+
+    reporters = tuple(integrations.INTEGRATION_TO_CALLBACK.values())
+    for callback in trainer.callback_handler.callbacks:
+        if not isinstance(callback, reporters):
+            continue
+        if isinstance(callback, integrations.WandbCallback):
+            # Its own set-up would send the paths of this machine, and would ask for a key.
+            callback.setup = lambda *_, **__: None
+        elif isinstance(callback, integrations.TensorBoardCallback):
+            callback.logging_dir = callback.logging_dir or f"{trainer.args.output_dir}/runs"
+            writer = callback._SummaryWriter
+            callback._SummaryWriter = functools.partial(writer, purge_step=step + 1)
+        elif step:
+            name = type(callback).__name__.removesuffix("Callback")
+            print(f"{name} cannot rewind: it shows steps after {step} twice", flush=True)
+        guard(callback, reached if isinstance(callback, integrations.WandbCallback) else -1)
+
+
+def guard(callback: Any, reached: int) -> None:
+    """Wrap the events of one logger in place: it stays the object that the Trainer knows."""
+    failed = False
+
+    def guarded(event: str, handle: Any) -> Any:
+        def call(args: Any, state: Any, control: Any, **more: Any) -> None:
+            nonlocal failed
+            if failed or (event == "on_log" and state.global_step <= reached):
+                return
+            try:
+                handle(args, state, control, **more)
+            except Exception as error:
+                failed = True
+                name = type(callback).__name__.removesuffix("Callback")
+                print(f"{name} failed and is left out: {error!r}", flush=True)
+
+        return call
+
+    for event in [name for name in dir(callback) if name.startswith("on_")]:
+        setattr(callback, event, guarded(event, getattr(callback, event)))
 
 
 # --- shared: the same text in every script that has it ---------------------------------------
