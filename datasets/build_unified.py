@@ -1207,9 +1207,17 @@ class Repo:
         """Return a folder that holds the files matching the patterns."""
         if self.folder:
             return self.folder
-        from huggingface_hub import snapshot_download
+        from huggingface_hub import hf_hub_download, snapshot_download
+        from huggingface_hub.errors import RemoteEntryNotFoundError
 
         with hub_errors(f"download {', '.join(patterns)} of {self.name}"):
+            if patterns == (CONTRACT,):
+                # One file by its name needs no listing of the repo.
+                with contextlib.suppress(RemoteEntryNotFoundError):
+                    file = hf_hub_download(
+                        self.name, CONTRACT, repo_type=self.kind, revision=self.revision
+                    )
+                    return Path(file).parent
             return Path(
                 snapshot_download(
                     self.name,

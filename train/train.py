@@ -132,28 +132,41 @@ DECIDED_HERE = {
     "logging_dir": "logs lie below --output_dir",
     "remove_unused_columns": "the data is already tokenised",
 }
-# What happens to a run's arguments when it is resumed, by their names in contract.json. What stands
-# here must be equal, as must every trainer field that none of the three names: else the result
+# What a resumed run does with arguments that differ from those it began with, by their names in
+# contract.json. A trainer field that is not named here must be equal too: otherwise the result
 # would not be the one of a run that was never interrupted.
-MUST_BE_EQUAL = (
-    *("dataset_repo", "dataset_config", "train_file", "validation_file", "max_length"),
-    *("model_name_or_path", "model_revision", "task", "lora_r", "lora_alpha", "lora_dropout"),
-    *("lora_target_modules", "load_in_4bit", "bnb_4bit_quant_type", "dtype", "reasoning_effort"),
-    *("learning_rate", "per_device_train_batch_size", "gradient_accumulation_steps"),
-    *("warmup_steps", "weight_decay", "max_grad_norm", "lr_scheduler_type", "seed"),
-    *("early_stopping_patience", "early_stopping_threshold", "save_steps", "world_size"),
-)
-# The user's wish, printed: a longer run has another schedule from here on, another evaluation batch
-# another mean of batch means.
-MAY_CHANGE = ("num_train_epochs", "max_steps", "per_device_eval_batch_size", "logging_steps")
-# Of this start alone.
-TAKES_NEW_VALUE = (
-    *("hub_model_id", "run_name", "output_dir", "save_minutes", "keep_checkpoints", "report_to"),
-    *("stop_after", "hub_patience", "fresh", "relay", "budget", "reclaim_storage"),
-    *("squash_history", "config_file", "preset", "allow_public", "allow_cpu"),
-    *("dataloader_num_workers", "dataloader_pin_memory", "dataloader_prefetch_factor"),
-    *("dataloader_persistent_workers", "log_level", "disable_tqdm", "logging_first_step"),
-)
+EQUAL, FREE, NEW = "must be equal", "may change", "takes the new value"
+RESUME_RULES = {
+    **dict.fromkeys(
+        (
+            *("dataset_repo", "dataset_config", "train_file", "validation_file", "max_length"),
+            *("model_name_or_path", "model_revision", "task", "dtype", "reasoning_effort"),
+            *("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "load_in_4bit"),
+            *("bnb_4bit_quant_type", "learning_rate", "per_device_train_batch_size"),
+            *("gradient_accumulation_steps", "world_size", "warmup_steps", "weight_decay"),
+            *("max_grad_norm", "lr_scheduler_type", "seed", "early_stopping_patience"),
+            *("early_stopping_threshold", "save_steps"),
+        ),
+        EQUAL,
+    ),
+    # The user's wish, and printed: a longer run has another schedule from here on, another
+    # evaluation batch another mean of batch means.
+    **dict.fromkeys(
+        ("num_train_epochs", "max_steps", "per_device_eval_batch_size", "logging_steps"), FREE
+    ),
+    # Of this start alone.
+    **dict.fromkeys(
+        (
+            *("hub_model_id", "run_name", "output_dir", "save_minutes", "keep_checkpoints"),
+            *("report_to", "stop_after", "hub_patience", "fresh", "relay", "budget"),
+            *("reclaim_storage", "squash_history", "config_file", "preset", "allow_public"),
+            *("allow_cpu", "dataloader_num_workers", "dataloader_pin_memory"),
+            *("dataloader_prefetch_factor", "dataloader_persistent_workers", "log_level"),
+            *("disable_tqdm", "logging_first_step"),
+        ),
+        NEW,
+    ),
+}
 # Documented flags that are fields of the trainer's config by the same name.
 TRAINER_FLAGS = (
     *("learning_rate", "num_train_epochs", "max_steps", "per_device_train_batch_size"),
@@ -318,7 +331,7 @@ def train(argv: list[str] | None, stop: Stop) -> None:
     job = read_job()
     check_money(args, job)
     store = open_store(args)
-    earlier = share(read_earlier(args, store, job) if RANK == 0 else None)
+    earlier = broadcast(read_earlier(args, store, job) if RANK == 0 else None)
     if earlier and is_finished(args, store, earlier):
         return
     data = read_data(args, earlier)
@@ -327,7 +340,7 @@ def train(argv: list[str] | None, stop: Stop) -> None:
     device = check_device(count_parameters(config), args.allow_cpu, training_job(argv))
     precision = choose_precision(args, device, earlier)
     tokenizer = load_tokenizer(base)
-    contract = share(build_contract(args, data, base, tokenizer, precision, earlier))
+    contract = broadcast(build_contract(args, data, base, tokenizer, precision, earlier))
     rows = encode_rows(args, data, tokenizer, contract)
     settings = build_settings(args, config, device, precision, bool(data.validation), store.folder)
     quantization = build_quantization(args, base, config, precision)
@@ -336,7 +349,7 @@ def train(argv: list[str] | None, stop: Stop) -> None:
     if RANK == 0:
         store.claim(contract, job, args)
         checkpoint = store.fetch_checkpoint(contract)
-    checkpoint = share(checkpoint)
+    checkpoint = broadcast(checkpoint)
     fetch_base(base)
     phases.enter("load")
     model = build_model(args, base, config, data.labels, device, precision, quantization)
@@ -404,7 +417,7 @@ def silence_other_ranks() -> Iterator[None]:
         yield
 
 
-def share(value: Any) -> Any:
+def broadcast(value: Any) -> Any:
     """What the first process knows, in every process of a torchrun start."""
     if WORLD_SIZE == 1:
         return value
@@ -723,7 +736,7 @@ def open_store(args: argparse.Namespace) -> Store:
         args.dataset_repo = f"{own_namespace()}/hsd-data"
     if not local and not args.hub_model_id:
         args.hub_model_id = f"{own_namespace()}/hsd-{args.run_name or 'lora'}"
-    scratch = Path(tempfile.gettempdir()) / f"hsd-train-{share(os.getpid())}"
+    scratch = Path(tempfile.gettempdir()) / f"hsd-train-{broadcast(os.urandom(4).hex())}"
     folder = Path(args.output_dir or scratch).expanduser()
     return Store(None if local else args.hub_model_id, folder)
 
@@ -829,9 +842,10 @@ def check_same_run(args: argparse.Namespace, earlier: dict[str, Any], store: Sto
     rows = []
     for key in (key for key in {**was, **now} if was.get(key) != now.get(key)):
         # A flag that an older version of this script did not have is no change.
-        if key in TAKES_NEW_VALUE or (key in documented and key not in was):
+        rule = RESUME_RULES.get(key, EQUAL)
+        if rule == NEW or (key in documented and key not in was):
             continue
-        if key in MAY_CHANGE:
+        if rule == FREE:
             print(f"{key} changes from {was.get(key)} to {now.get(key)}", flush=True)
         else:
             rows.append(f"  {key:<28} {was.get(key)!s:<24} {now.get(key)}")
@@ -1125,8 +1139,11 @@ def new_training(precision: str) -> dict[str, Any]:
 
 def run_sha256(contract: dict[str, Any]) -> str:
     """A hash of everything that makes this run's result: what its checkpoints have in common."""
-    free = {*MAY_CHANGE, *TAKES_NEW_VALUE}
-    arguments = {key: value for key, value in flat_arguments(contract).items() if key not in free}
+    arguments = {
+        key: value
+        for key, value in flat_arguments(contract).items()
+        if RESUME_RULES.get(key, EQUAL) == EQUAL
+    }
     identity = {key: contract[key] for key in ("base_model", "dataset", "prompt", "rendering")}
     identity |= {"arguments": arguments, "precision": contract["training"]["precision"]}
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
@@ -1389,15 +1406,21 @@ class Uploader:
         self.thread.start()
 
     def work(self, push: Callable[[], str]) -> None:
+        from httpx2 import HTTPError
+
         began = time.monotonic()
         try:
             where = push()
             self.seconds = time.monotonic() - began
             self.status = f"{self.name} on the Hub"
             print(f"{self.name} is on the Hub: {where}, {self.seconds:.1f} s", flush=True)
-        except BaseException as error:  # Whatever it is belongs to the main thread: `settle`.
-            self.error = error
+        except (HTTPError, OSError, RuntimeError) as error:
+            reason = (str(error).splitlines() or [""])[0]
             self.status = f"{self.name} NOT on the Hub"
+            reason = f"{type(error).__name__}: {reason}"
+            print(f"{self.name} is NOT on the Hub: {reason}", flush=True)
+        except BaseException as error:  # Whatever else it is belongs to the main thread.
+            self.error = error
 
     def pause(self, seconds: float) -> bool:
         """Wait between two tries; False once nobody waits for this push any more."""
@@ -1407,10 +1430,8 @@ class Uploader:
     def settle(self, patience_s: float, failing_s: float) -> bool:
         """Wait for the push under way: `patience_s`, but while its tries fail only `failing_s`.
 
-        Returns whether it has ended; a push that has failed is printed, not raised.
+        Returns whether it has ended, well or not.
         """
-        from httpx2 import HTTPError
-
         began = time.monotonic()
         while self.thread and self.thread.is_alive():
             self.thread.join(0.02)
@@ -1420,14 +1441,9 @@ class Uploader:
             if waited >= patience_s + 5:
                 return False
         self.thread = None
-        if isinstance(self.error, (HTTPError, OSError, RuntimeError)):
-            reason = str(self.error).splitlines()[0] if str(self.error) else ""
-            reason = f"{type(self.error).__name__}: {reason}"
-            print(f"{self.name} is NOT on the Hub: {reason}", flush=True)
-            self.error = None
-        elif isinstance(self.error, TakenOver):
+        if isinstance(self.error, TakenOver):
             fail(f"{self.error}; this one ends. The newest pushed checkpoint stands.", code=1)
-        elif self.error:
+        if self.error:
             raise self.error
         return True
 
@@ -1654,7 +1670,7 @@ class Run:
         """Wait until the last checkpoint is where it belongs, say what is left, and end."""
         if RANK:
             # torchrun ends all processes at the first one's exit, so this one waits for the push.
-            share(None)
+            broadcast(None)
             raise SystemExit(PAUSED)
         self.phases.enter("push")
         self.uploader.settle(self.args.hub_patience, self.args.hub_patience)
@@ -1682,10 +1698,8 @@ class Run:
         if self.contract["training"]["relay"]["pending"]:
             self.hand_over()
         elif self.args.relay:
-            print(
-                "relay: this Job is not run again (a signal, no hops or no budget left)", flush=True
-            )
-        share(None)
+            print("relay: not run again (a signal, or no hops or budget left)", flush=True)
+        broadcast(None)
         raise SystemExit(PAUSED)
 
     def may_relay(self) -> bool:
@@ -1913,11 +1927,7 @@ def build_trainer(
         import trl
 
         trainer = trl.SFTTrainer(model, args=settings, peft_config=config, **common)
-    # On a CPU, bitsandbytes repacks the base for evaluation and back for a save, with a loss: what
-    # is trained after that would depend on the evaluations since the start.
-    for module in trainer.model.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
+    keep_four_bit_layout(trainer.model)
     # TRL makes the LoRA weights of a quantised model bfloat16, but a resume loads them as
     # float32: only float32 from the start continues as the same run.
     for weight in trainer.model.parameters():
@@ -2576,9 +2586,17 @@ class Repo:
         """Return a folder that holds the files matching the patterns."""
         if self.folder:
             return self.folder
-        from huggingface_hub import snapshot_download
+        from huggingface_hub import hf_hub_download, snapshot_download
+        from huggingface_hub.errors import RemoteEntryNotFoundError
 
         with hub_errors(f"download {', '.join(patterns)} of {self.name}"):
+            if patterns == (CONTRACT,):
+                # One file by its name needs no listing of the repo.
+                with contextlib.suppress(RemoteEntryNotFoundError):
+                    file = hf_hub_download(
+                        self.name, CONTRACT, repo_type=self.kind, revision=self.revision
+                    )
+                    return Path(file).parent
             return Path(
                 snapshot_download(
                     self.name,
