@@ -15,8 +15,9 @@
 
     uv run tests/demo.py
 
-Builds a small dataset of made posts and a tiny random base model, trains it as a Job that its
-timeout kills, submits the same command again, evaluates, merges, and ends with the report's path.
+Builds a small dataset of made posts and a tiny random base model, trains it as a Job that pauses
+just before its timeout, submits the same command again, evaluates, merges, and ends with the
+report's path.
 Every command is printed before it runs; with a real account the same commands run on the Hub.
 """
 
@@ -87,21 +88,21 @@ def prepare(hub: Hub, work: Path, env: dict[str, str]) -> float:
     return time.monotonic() - began
 
 
-def train_until_killed(env: dict[str, str], work: Path, start_s: float) -> None:
-    """Submit the training; its timeout kills it; submit the same command until it is complete."""
+def train_in_two_jobs(env: dict[str, str], work: Path, start_s: float) -> None:
+    """Submit the training with too short a timeout, and the same command again with a longer."""
     submit = [HF, "jobs", "uv", "run", "--flavor", "a100-large"]
     training = [str(ROOT / "train/train.py"), *TRAINING]
     # A Job unpacks and compiles its packages first; what is left is time for a part of the steps.
     timeout_s = int(1.5 * start_s) + 22
     for _ in range(4):
         output = run([*submit, "--timeout", f"{timeout_s}s", *training], env, work, check=False)
-        if "is on the Hub" in output:
+        if "paused at step" in output:
             break
-        print(f"\nThis machine is slow: nothing was saved in {timeout_s} s. Again, with more time:")
+        print(f"\nThis machine is slow: no pause in {timeout_s} s. Again, with more time:")
         timeout_s = int(1.4 * timeout_s)
-    if "Job timeout" not in output:
-        raise SystemExit("the training ended before its timeout: the demo shows no resume")
-    print("\nThe job is dead. The same command again, with time enough:", flush=True)
+    if "paused at step" not in output:
+        raise SystemExit("the training did not pause before its timeout: the demo shows no resume")
+    print("\nThe job is over. The same command again, with time enough:", flush=True)
     output = run([*submit, *training], env, work)
     if "resuming from checkpoint-" not in output:
         raise SystemExit("the second job did not resume")
@@ -138,7 +139,7 @@ def main() -> None:
         for flag, file in sources.items():
             build += [f"--{flag}", str(file.relative_to(work))]
         run(build, env, work)
-        train_until_killed(env, work, start_s)
+        train_in_two_jobs(env, work, start_s)
         run([*UV, "run", str(ROOT / "eval/eval.py"), "--adapter", "alice/hsd-lora"], env, work)
         run([*UV, "run", str(ROOT / "merge/merge.py"), "--adapter", "alice/hsd-lora"], env, work)
         report = work / "hsd-eval" / "hsd-lora" / "test"

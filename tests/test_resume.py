@@ -268,7 +268,8 @@ def test_the_stop_keeps_clear_of_the_deadline_by_twice_a_save_and_push(train: Mo
     assert run.deadline() == train.PROCESS_START + 3600
     assert run.latest_stop() == run.deadline() - 60
     run.save_s, run.uploader.seconds, run.evaluation_s = 5.0, 70.0, 11.0
-    assert run.latest_stop() == run.deadline() - 2 * 75 - 11
+    run.step_s = 3.0
+    assert run.latest_stop() == run.deadline() - 2 * 75 - 11 - 3 - 15
     job = train.Job("id", "alice", train.PROCESS_START - 100, 1800)
     run = train.Run(args, None, {}, train.Stop(), None, job, None)
     assert run.deadline() == train.PROCESS_START + 1700

@@ -1463,6 +1463,7 @@ class Run:
     paused: bool = False
     save_s: float = 0.0
     evaluation_s: float = 0.0
+    step_s: float = 0.0
     mark: float = 0.0  # when the step, its log or its evaluation ended
     saved: float = field(default_factory=time.monotonic)
     began: tuple[int, float] = (0, 0.0)  # step and time of the first step of this start
@@ -1537,7 +1538,7 @@ class Run:
 
     def end_step(self, state: Any, control: Any) -> None:
         """Ask for a save or the stop where one is due, on every process at the same step."""
-        self.mark = time.monotonic()
+        self.step_s, self.mark = time.monotonic() - self.mark, time.monotonic()
         due = self.mark - self.saved >= 60 * self.args.save_minutes
         if RANK == 0 and not self.stop.reason and time.time() >= self.latest_stop():
             self.stop.reason = "deadline"
@@ -1560,15 +1561,22 @@ class Run:
         return min(ends)
 
     def latest_stop(self) -> float:
-        """The deadline less twice a measured save and push, and an evaluation that may be due."""
+        """The deadline less what a stop takes: twice a measured save and push, an evaluation that
+        may be due, another step, and some seconds for the process to end.
+        """
         deadline = self.deadline()
-        needed = 2 * (self.save_s + self.uploader.seconds) + self.evaluation_s
-        if not self.save_s and deadline < math.inf:
-            needed = min(60.0, 0.1 * (deadline - PROCESS_START))
-        return deadline - needed
+        if deadline == math.inf:
+            return deadline
+        window = deadline - PROCESS_START
+        if not self.save_s:
+            return deadline - min(60.0, 0.1 * window)
+        needed = 2 * (self.save_s + self.uploader.seconds) + self.evaluation_s + self.step_s
+        return deadline - needed - min(15.0, 0.1 * window)
 
     def report(self, state: Any, logs: dict[str, Any]) -> None:
         """One line of progress, which also says where the newest checkpoint is."""
+        if "train_runtime" in logs:  # The trainer's own summary of this start.
+            return
         shown = [
             f"{name} {value:.4g}"
             for name, value in logs.items()
