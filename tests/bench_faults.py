@@ -96,11 +96,12 @@ def expect(claim: bool, message: str) -> None:
         raise Failure(message)
 
 
-def wait_until(condition: Callable[[], bool], what: str) -> None:
+def wait_until(condition: Callable[[], bool], what: Callable[[], str]) -> None:
     """Poll every millisecond, so that a kill hits the moment it is meant for."""
     deadline = time.monotonic() + PATIENCE_S
     while not condition():
-        expect(time.monotonic() < deadline, f"waited {PATIENCE_S} s for {what}")
+        if time.monotonic() > deadline:
+            raise Failure(f"waited {PATIENCE_S} s for {what()}")
         time.sleep(0.001)
 
 
@@ -146,7 +147,7 @@ class Trainer:
             expect(not ended, f"the trainer ended before {pattern!r}:\n{self.tail()}")
             return False
 
-        wait_until(arrived, f"{pattern!r} after\n{self.tail()}")
+        wait_until(arrived, lambda: f"{pattern!r} after\n{self.tail()}")
 
     def tail(self) -> str:
         return "\n".join(f"    {line}" for _, line in self.lines[-15:])
@@ -375,7 +376,9 @@ class Bench:
 
         api = HfApi(endpoint=self.hub.endpoint, token=self.hub.token)
         job = api.run_job(image="python:3.12", command=["sleep", "900"], flavor="cpu-basic")
-        wait_until(lambda: api.inspect_job(job_id=job.id).status.stage == "RUNNING", "the job")
+        wait_until(
+            lambda: api.inspect_job(job_id=job.id).status.stage == "RUNNING", lambda: "the job"
+        )
         try:
             yield job.id
         finally:
@@ -401,7 +404,7 @@ def kill_save(bench: Bench, repo: str) -> Outcome:
     for attempt in range(5):
         out = bench.folder / f"kill-save-{attempt}"
         first = bench.start(f"{repo}-{attempt}", "--output_dir", str(out))
-        wait_until(lambda out=out: (out / "checkpoint-8").exists(), "a folder checkpoint-8")
+        wait_until(lambda out=out: (out / "checkpoint-8").exists(), lambda: "a folder checkpoint-8")
         first.kill()
         saved = [{p.name for p in (out / f"checkpoint-{n}").iterdir()} for n in (4, 8)]
         if saved[0] - saved[1]:
@@ -429,7 +432,7 @@ def kill_at(bench: Bench, repo: str, request: str) -> Outcome:
     first = bench.start(repo)
     first.wait_for("checkpoint-4 is on the Hub")
     held = bench.fault(request, delay_s=30, status=503)
-    wait_until(lambda: held.times == 0, f"a request to {request}")
+    wait_until(lambda: held.times == 0, lambda: f"a request to {request}")
     first.kill()
     return bench.resubmit(first)
 
@@ -452,7 +455,8 @@ def kill_after_commit(bench: Bench, repo: str) -> Outcome:
     first = bench.start(repo)
     first.wait_for("checkpoint-4 is on the Hub")
     wait_until(
-        lambda: "checkpoint-8/manifest.json" in head_files(bench.hub.root, repo), "checkpoint-8"
+        lambda: "checkpoint-8/manifest.json" in head_files(bench.hub.root, repo),
+        lambda: "checkpoint-8",
     )
     first.kill()
     return bench.resubmit(first)
@@ -888,6 +892,7 @@ def stall(bench: Bench) -> None:
     flags = [
         *("--lora_r", "2048", "--lora_target_modules", "all-linear", "--learning_rate", "1e-4"),
         *("--max_steps", str(steps), "--save_steps", str(every), "--save_minutes", "1000"),
+        *("--per_device_train_batch_size", "1", "--gradient_accumulation_steps", "1"),
         *("--early_stopping_patience", "0", "--eval_strategy", "no"),
     ]
     bench.fault("/v1/shards", delay_s=5, times=None)

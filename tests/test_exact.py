@@ -36,8 +36,9 @@ RUN = [
 ]
 EPOCHS = ["--max_steps", "-1", "--num_train_epochs", "3"]
 SORTED = ["--train_sampling_strategy", "group_by_length"]
-ACCUMULATED = ["--per_device_train_batch_size", "1", "--gradient_accumulation_steps", "5"]
-PACKED = ["--packing", "true", "--per_device_train_batch_size", "1"]
+HALF_BATCH = ["--per_device_train_batch_size", "1"]
+ACCUMULATED = [*HALF_BATCH, "--gradient_accumulation_steps", "5"]
+PACKED = [*HALF_BATCH, "--packing", "true"]
 CLASSIFIER = ["--task", "classify"]
 # The highest loss counts as the best, so the first evaluation is the best one and none after.
 FIRST_IS_BEST = [
@@ -205,23 +206,23 @@ def test_patience_and_the_best_weights_outlive_a_kill(files: Path, tmp_path: Pat
 
 
 @pytest.mark.parametrize(
-    ("model", "flags", "last"),
+    ("model", "flags", "last", "ranks"),
     [
-        pytest.param("llama", [], 10, id="steps"),
-        pytest.param("llama", FIRST_IS_BEST, 8, id="patience"),
-        pytest.param("llama", ["--load_in_4bit"], 10, id="four-bit"),
-        pytest.param("bert", CLASSIFIER, 10, id="classifier"),
+        pytest.param("llama", [], 10, 1, id="steps"),
+        pytest.param("llama", FIRST_IS_BEST, 8, 1, id="patience"),
+        pytest.param("llama", ["--load_in_4bit"], 10, 1, id="four-bit"),
+        pytest.param("bert", [*CLASSIFIER, *HALF_BATCH], 10, 2, id="classifier-two-processes"),
     ],
 )
 def test_a_run_that_lost_only_its_finish_trains_no_further(
-    files: Path, tmp_path: Path, model: str, flags: list[str], last: int
+    files: Path, tmp_path: Path, model: str, flags: list[str], last: int, ranks: int
 ) -> None:
     """Both ends lie within an epoch, where Trainer by itself would train one more step."""
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    run(files, whole, model, flags)
-    run(files, killed, model, flags, dies_in=0)
+    run(files, whole, model, flags, ranks=ranks)
+    run(files, killed, model, flags, dies_in=0, ranks=ranks)
     assert not (killed / "adapter_model.safetensors").exists()
-    assert f"resuming from checkpoint-{last} " in run(files, killed, model, flags)
+    assert f"resuming from checkpoint-{last} " in run(files, killed, model, flags, ranks=ranks)
     assert history(killed) == history(whole)
     assert end(killed) == end(whole)
 
@@ -229,7 +230,7 @@ def test_a_run_that_lost_only_its_finish_trains_no_further(
 @pytest.mark.parametrize("flags", [[], SORTED], ids=["shuffled", "length-sorted"])
 def test_two_processes_continue_as_one_run(files: Path, tmp_path: Path, flags: list[str]) -> None:
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    flags = [*EPOCHS, "--per_device_train_batch_size", "1", *flags]
+    flags = [*EPOCHS, *HALF_BATCH, *flags]
     run(files, whole, "llama", flags, ranks=2)
     run(files, killed, "llama", flags, dies_in=11, ranks=2)
     assert "resuming from checkpoint-8 " in run(files, killed, "llama", flags, ranks=2)

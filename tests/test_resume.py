@@ -232,6 +232,17 @@ def test_what_nohup_ignores_stays_ignored(train: ModuleType) -> None:
         signal.signal(signal.SIGHUP, before)
 
 
+def test_output_that_nobody_reads_any_more_does_not_end_the_run(train: ModuleType) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as stream:
+        steady = train.SteadyStream(stream)
+        with pytest.raises(BrokenPipeError):
+            print("x" * 100_000, file=stream, flush=True)
+        print("x" * 100_000, file=steady, flush=True)
+        assert not steady.isatty()
+
+
 def test_a_signal_before_the_first_step_ends_at_once(
     train: ModuleType, alice: Hub, argv: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -318,7 +318,7 @@ def json_or_text(text: str) -> Any:
 def main(argv: list[str] | None = None) -> None:
     quiet_libraries()
     stop = Stop()
-    with stop.listening(), silence_other_ranks():
+    with stop.listening(), steady_output():
         train(argv, stop)
 
 
@@ -407,13 +407,42 @@ def environment_values(name: str) -> list[str]:
     return [value for value in found if value]
 
 
+class SteadyStream:
+    """A terminal or pipe that may go away: what can no longer be shown does not end the run."""
+
+    def __init__(self, stream: Any) -> None:
+        self.stream = stream
+
+    def write(self, text: str) -> int:
+        try:
+            return self.stream.write(text)
+        except OSError:
+            self.give_up()
+            return len(text)
+
+    def flush(self) -> None:
+        try:
+            self.stream.flush()
+        except OSError:
+            self.give_up()
+
+    def give_up(self) -> None:
+        """Write to nowhere from now on; else the interpreter's last flush changes the exit code."""
+        os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+
 @contextlib.contextmanager
-def silence_other_ranks() -> Iterator[None]:
-    """Let only the first process of a torchrun start print."""
+def steady_output() -> Iterator[None]:
+    """Outlive the terminal, and let only the first process of a torchrun start print."""
     with contextlib.ExitStack() as stack:
+        stdout = sys.stdout
         if RANK:
-            quiet = stack.enter_context(Path(os.devnull).open("w", encoding="utf-8"))
-            stack.enter_context(contextlib.redirect_stdout(quiet))
+            stdout = stack.enter_context(Path(os.devnull).open("w", encoding="utf-8"))
+        stack.enter_context(contextlib.redirect_stdout(SteadyStream(stdout)))
+        stack.enter_context(contextlib.redirect_stderr(SteadyStream(sys.stderr)))
         yield
 
 
@@ -1259,11 +1288,6 @@ class Stop:
                 signal.signal(number, handler)
 
     def hear(self, number: int, _: Any) -> None:
-        if number == signal.SIGHUP:
-            # The terminal is gone: the next line written there would end the run.
-            for stream in (1, 2):
-                if os.isatty(stream):
-                    os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
         name = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
         if not self.training:
             fail(f"{name} before the first step: nothing is lost. Submit the same command.", PAUSED)
@@ -1553,7 +1577,8 @@ class Run:
         ends = [math.inf]
         if self.args.stop_after:
             ends.append(PROCESS_START + self.args.stop_after)
-        if self.job.timeout_s:
+        # Whether a retried Job's clock starts anew is not public: then --stop_after alone decides.
+        if self.job.timeout_s and not self.job.retries:
             ends.append(self.job.started + self.job.timeout_s)
         if self.args.budget and self.job.dollars_per_hour:
             left = self.args.budget - self.contract["training"]["relay"]["spent_usd"]
@@ -1630,18 +1655,24 @@ class Run:
         self.mark = time.monotonic()
 
     def rotate(self, kept: set[str]) -> None:
-        """Remove local checkpoints beyond the newest --keep_checkpoints and those of `kept`."""
-        found = [path for path in self.store.folder.glob("checkpoint-*") if path.is_dir()]
-        found = [path for path in found if re.fullmatch(r"checkpoint-\d+", path.name)]
-        found.sort(key=lambda path: int(path.name.rpartition("-")[2]), reverse=True)
-        for path in found[self.args.keep_checkpoints :]:
-            if path.name not in kept:
-                shutil.rmtree(path)
+        """Remove local checkpoints beyond the newest --keep_checkpoints and those of `kept`.
+
+        Later ones than the present step were skipped by the resume; they are left to their owner.
+        """
+        found = {
+            checkpoint_step(f"{path.name}/"): path
+            for path in self.store.folder.glob("checkpoint-*")
+        }
+        reached = self.contract["training"]["step"]
+        steps = sorted((step for step in found if step and step <= reached), reverse=True)
+        for step in steps[self.args.keep_checkpoints :]:
+            if found[step].name not in kept:
+                shutil.rmtree(found[step])
 
     def push(self, name: str, best: str, contract: bytes) -> str:
         """One commit: checkpoint-N with its manifest, contract and log, less older checkpoints."""
-        store, training = self.store, self.contract["training"]
-        write_manifest(store.folder / name, training["run_sha256"])
+        store, saved_step = self.store, int(name.rpartition("-")[2])
+        write_manifest(store.folder / name, self.contract["training"]["run_sha256"])
         # The best one is missing there when its own push failed.
         wanted = {name} | ({best} if best and f"{best}/{MANIFEST}" not in store.tree else set())
         files: dict[str, Path | bytes] = {CONTRACT: contract}
@@ -1653,8 +1684,9 @@ class Run:
         for path in (store.folder / RUN_LOG, *(store.folder / "runs").rglob("*")):
             if path.is_file():
                 files[path.relative_to(store.folder).as_posix()] = path.read_bytes()
-        found = {step for path in store.tree if (step := checkpoint_step(path))}
-        newest = sorted(found | {checkpoint_step(f"{name}/")}, reverse=True)
+        found = {checkpoint_step(path) for path in (*store.tree, *files)} - {None}
+        # A later one than this was skipped as damaged when the run resumed.
+        newest = sorted((step for step in found if step <= saved_step), reverse=True)
         kept = {*newest[: self.args.keep_checkpoints], checkpoint_step(f"{best}/"), None}
         commit_hash = store.push(
             files,
