@@ -254,19 +254,23 @@ def test_resumed_run_is_rewound_to_the_checkpoint(server: Server, tmp_path: Path
 
 
 def test_no_post_no_key_and_no_path_reach_wandb(server: Server, tmp_path: Path) -> None:
-    subprocess.run(["git", "init", "-q", tmp_path], check=True)
+    def git(*command: str) -> None:
+        subprocess.run(["git", "-C", tmp_path, *command], check=True)
+
     (tmp_path / "posts.txt").write_text("nothing yet\n", encoding="utf-8")
-    subprocess.run(["git", "-C", tmp_path, "add", "posts.txt"], check=True)
+    git("init", "-q")
+    git("remote", "add", "origin", f"https://alice:{KEY}@example.org/posts")
+    git("add", "posts.txt")
+    git("-c", "user.name=a", "-c", "user.email=a@example.org", "commit", "-q", "-m", "Posts")
     (tmp_path / "posts.txt").write_text(POST, encoding="utf-8")
     output, _ = start(tmp_path, url_of(server), full=True, WANDB_API_KEY=KEY)
-    assert POST in output and server.bodies
     sent = "".join(server.bodies)
+    assert POST in output and '"program":"train/train.py"' in sent
     assert POST not in sent and KEY not in sent and str(tmp_path) not in sent
-    assert not [file for file in tmp_path.rglob("*.patch")]
+    assert "example.org" not in sent and not list(tmp_path.rglob("*.patch"))
     config = {name: entry["value"] for name, entry in server.config.items() if name != "_wandb"}
-    assert (
-        config == {key: CONTRACT[key] for key in ("base_model", "dataset")} | CONTRACT["arguments"]
-    )
+    identity = {key: CONTRACT[key] for key in ("base_model", "dataset")}
+    assert config == identity | CONTRACT["arguments"]
 
 
 def test_refused_rewind_appends_only_new_points(server: Server, tmp_path: Path) -> None:
