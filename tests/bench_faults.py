@@ -369,12 +369,16 @@ class Bench:
             for trainer in self.trainers:
                 trainer.kill()
 
+    def api(self) -> Any:
+        """The Hub's client, for what somebody else does to a repo."""
+        from huggingface_hub import HfApi
+
+        return HfApi(endpoint=self.hub.endpoint, token=self.hub.token)
+
     @contextlib.contextmanager
     def job(self) -> Iterator[str]:
         """The id of a job that the Jobs API shows as RUNNING meanwhile."""
-        from huggingface_hub import HfApi
-
-        api = HfApi(endpoint=self.hub.endpoint, token=self.hub.token)
+        api = self.api()
         job = api.run_job(image="python:3.12", command=["sleep", "900"], flavor="cpu-basic")
         wait_until(
             lambda: api.inspect_job(job_id=job.id).status.stage == "RUNNING", lambda: "the job"
@@ -468,6 +472,7 @@ def stop_by(bench: Bench, repo: str, stop: Callable[[Trainer], None], *flags: st
     first.wait_for("step 10/")
     stop(first)
     first.end(75)
+    bench.hub.clear_faults()
     outcome = bench.resubmit(first)
     expect(outcome.lost == 0, f"{outcome.lost} steps lost")
     return outcome
@@ -667,7 +672,7 @@ def foreign_commit(bench: Bench, repo: str) -> Outcome:
     """somebody else commits a file to the repo during the run"""
     first = bench.start(repo)
     first.wait_for("checkpoint-4 is on the Hub")
-    hub_api(bench).upload_file(path_or_fileobj=b"mine", path_in_repo="notes.txt", repo_id=repo)
+    bench.api().upload_file(path_or_fileobj=b"mine", path_in_repo="notes.txt", repo_id=repo)
     first.end(0)
     bench.check_end(first)
     expect("notes.txt" in head_files(bench.hub.root, repo), "the file of somebody else is gone")
@@ -677,13 +682,7 @@ def foreign_commit(bench: Bench, repo: str) -> Outcome:
 # --- rows: damage on the Hub -----------------------------------------------------------------
 
 
-def hub_api(bench: Bench) -> Any:
-    from huggingface_hub import HfApi
-
-    return HfApi(endpoint=bench.hub.endpoint, token=bench.hub.token)
-
-
-def damaged(bench: Bench, repo: str, damage: Callable[[Path], None], named: bool) -> Outcome:
+def damaged(bench: Bench, repo: str, damage: Callable[[int], None], named: bool) -> Outcome:
     """Kill a run, damage its newest checkpoint, and resubmit: the one before must be taken."""
     first = bench.start(repo)
     first.wait_for("checkpoint-12 is on the Hub")
@@ -704,7 +703,7 @@ def truncated(bench: Bench, repo: str) -> Outcome:
     def damage(step: int) -> None:
         path = f"checkpoint-{step}/optimizer.pt"
         content = head_files(bench.hub.root, repo)[path].read_bytes()
-        hub_api(bench).upload_file(
+        bench.api().upload_file(
             path_or_fileobj=content[: len(content) // 2], path_in_repo=path, repo_id=repo
         )
 
@@ -737,7 +736,7 @@ def newest_deleted(bench: Bench, repo: str) -> Outcome:
     """newest checkpoint deleted"""
 
     def damage(step: int) -> None:
-        hub_api(bench).delete_folder(f"checkpoint-{step}", repo_id=repo)
+        bench.api().delete_folder(f"checkpoint-{step}", repo_id=repo)
 
     return damaged(bench, repo, damage, named=False)
 
@@ -947,17 +946,19 @@ def print_resume(bench: Bench, repo: str, step: int, requests: list[tuple[str, s
     """Print the requests of a start up to its first step, and the bytes that it downloaded."""
     files = head_files(bench.hub.root, repo)
     own = sum(b.stat().st_size for p, b in files.items() if p.startswith(f"checkpoint-{step}/"))
-    trees = [path for _, path, _ in requests if "/tree/" in path]
+    trees = sum("/tree/" in path for _, path, _ in requests)
     fetched = [
         unquote(path.split("?")[0]).split("/", 5)[5]
         for method, path, status in requests
         if method == "GET" and "/resolve/" in path and status in (200, 206)
     ]
+    looked_up = sum(method == "HEAD" for method, _, _ in requests)
+    others = len(requests) - trees - len(fetched) - looked_up
     size = sum(files[path].stat().st_size for path in fetched)
-    print(f"resume: {len(requests)} requests, {len(trees)} of them tree listings")
-    print(f"downloaded: {size} bytes in {len(fetched)} files; the checkpoint has {own}")
-    for method, path, status in requests:
-        print(f"    {status} {method} {path}")
+    print(
+        f"resume: {trees} tree listings, {looked_up} HEAD and {len(fetched)} GET of files, "
+        f"{others} other requests; {size} bytes downloaded, the checkpoint has {own}"
+    )
 
 
 # --- the command -----------------------------------------------------------------------------
