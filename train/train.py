@@ -363,9 +363,9 @@ def train(argv: list[str] | None, stop: Stop) -> None:
     if RANK == 0:
         phases.enter("push")
         finish(run, trainer, tokenizer)
-    shutil.rmtree(store.folder / RESUMED, ignore_errors=True)
-    if not args.output_dir:
-        shutil.rmtree(store.folder, ignore_errors=True)
+        shutil.rmtree(store.folder / RESUMED, ignore_errors=True)
+        if not args.output_dir:
+            shutil.rmtree(store.folder, ignore_errors=True)
 
 
 # --- arguments and state ---------------------------------------------------------------------
@@ -1503,6 +1503,8 @@ class Run:
             def on_train_begin(self, args: Any, state: Any, *_: Any, **__: Any) -> None:
                 if run.checkpoint:
                     restore_log_window(trainer, run.checkpoint)
+                    # Trainer takes --logging_steps from the checkpoint's state.
+                    state.compute_steps(args, state.max_steps)
                 run.began = state.global_step, time.monotonic()
                 run.saved = run.mark = time.monotonic()
 
@@ -1801,8 +1803,8 @@ def set_order_of_epoch(train_dataloader: Any, args: Any, epoch: int) -> None:
     """Let the order of the rows depend on seed and epoch alone, on every rank.
 
     Trainer draws a length-sorted order from the global generator, which a resumed run has not
-    reached yet; and accelerate hands the epoch no deeper than two wrappers, which is one too few
-    for a rank that skips the first batches.
+    reached yet, and which dropout has moved differently on each rank. Other samplers know their
+    epoch, but not all of them hear of it through the wrappers of ranks and of skipped batches.
     """
     import torch
     from transformers.trainer_pt_utils import LengthGroupedSampler
@@ -1868,14 +1870,19 @@ def is_at_end(trainer: Any, folder: Path) -> bool:
 
 
 def load_end(trainer: Any, folder: Path) -> None:
-    """Bring the trainer where its last step had left it: state, and the best or newest weights."""
+    """Bring the trainer where its last step had left it: state, and the best or newest weights.
+
+    Returns when every rank has read them.
+    """
     from peft import load_peft_weights, set_peft_model_state_dict
     from transformers import TrainerState
 
     trainer.state = TrainerState.load_from_json(str(folder / "trainer_state.json"))
     best = trainer.state.best_model_checkpoint if trainer.args.load_best_model_at_end else None
-    weights = load_peft_weights(str(best or folder), device=str(trainer.args.device))
+    # Not to trainer.args.device: under torchrun that is cpu:0, which safetensors does not know.
+    weights = load_peft_weights(str(best or folder), device="cpu")
     set_peft_model_state_dict(trainer.model, weights)
+    trainer.accelerator.wait_for_everyone()
 
 
 def keep_four_bit_layout(model: Any) -> None:
@@ -2117,8 +2124,7 @@ def reload_adapter(store: Store, trainer: Any) -> None:
     for weight in trainer.model.parameters():
         if weight.requires_grad:
             weight.data.zero_()
-    device = str(trainer.args.device)
-    weights = load_peft_weights(str(store.folder), device=device, use_safetensors=True)
+    weights = load_peft_weights(str(store.folder), device="cpu", use_safetensors=True)
     set_peft_model_state_dict(trainer.model, weights)
 
 
