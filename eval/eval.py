@@ -1585,6 +1585,8 @@ def hub_errors(action: str) -> Iterator[None]:
         )
     except errors.RevisionNotFoundError:
         fail(f"cannot {action}: the repo has no such revision. Give a branch, tag or commit hash.")
+    except errors.LocalEntryNotFoundError as error:
+        fail(f"cannot {action}: the Hub does not answer. {error}", code=1)
     except (errors.EntryNotFoundError, errors.HFValidationError) as error:
         fail(f"cannot {action}: {error}")
     except errors.HfHubHTTPError as error:
@@ -1597,7 +1599,7 @@ def hub_errors(action: str) -> Iterator[None]:
                 "namespace: make one of role `write` in the Hub's settings."
             )
         fail(f"cannot {action}: the Hub answered {status}. {str(error).splitlines()[0]}", code=1)
-    except (HTTPError, OSError) as error:
+    except (HTTPError, OSError, RuntimeError) as error:
         # transformers wraps a gated repo's refusal into an OSError.
         gated = "gated repo" in str(error)
         fail(f"cannot {action}: {type(error).__name__}: {error}", code=2 if gated else 1)
@@ -1660,7 +1662,7 @@ def retried(
     for number in itertools.count():
         try:
             return attempt(number)
-        except (HTTPError, OSError) as error:
+        except (HTTPError, OSError, RuntimeError) as error:  # RuntimeError: hf_xet's only kind.
             response = error.response if isinstance(error, HfHubHTTPError) else None
             final = response is not None and response.status_code not in (429, 500, 502, 503, 504)
             if final or number + 1 == tries:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -296,6 +297,33 @@ def test_a_checkpoint_is_due_after_so_many_minutes(
     assert weights(alice, "alice/minutes") == weights(alice, straight)
 
 
+def test_a_pause_within_an_epoch_that_ends_with_an_evaluation(
+    train: ModuleType,
+    files: Path,
+    argv: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Trainer would evaluate and save the paused step as if it ended its epoch."""
+    validation = tiny.write_jsonl(files / "validation.jsonl", tiny.post_rows()[64:80])
+    run = [*argv, "--validation_file", str(validation), "--max_steps", "-1"]
+    run += ["--num_train_epochs", "3", "--save_strategy", "epoch", "--eval_strategy", "epoch"]
+    train.main([*run, "--output_dir", str(tmp_path / "whole")])
+    for step in (19, 32):  # within the second epoch of 16 steps, and at its very end
+        at_step(monkeypatch, train, step, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        end(train, [*run, "--output_dir", str(tmp_path / "halves")], 75)
+        monkeypatch.undo()
+    train.main([*run, "--output_dir", str(tmp_path / "halves")])
+
+    def curve(name: str) -> list[tuple[int, float]]:
+        state = json.loads((tmp_path / name / "checkpoint-48/trainer_state.json").read_text())
+        return [(x["step"], x["eval_loss"]) for x in state["log_history"] if "eval_loss" in x]
+
+    assert curve("halves") == curve("whole")
+    both = [tmp_path / name / "adapter_model.safetensors" for name in ("halves", "whole")]
+    assert both[0].read_bytes() == both[1].read_bytes()
+
+
 # --- who may write ---------------------------------------------------------------------------
 
 
@@ -378,6 +406,61 @@ def test_a_commit_of_somebody_else_is_followed(
     assert weights(alice, "alice/edited") == weights(alice, straight)
 
 
+def test_a_jobs_api_that_is_away_does_not_make_a_job_dead(
+    train: ModuleType, alice: Hub, capsys: pytest.CaptureFixture
+) -> None:
+    claim = {"job_id": "j1", "namespace": "alice", "token": "t"}
+    found = {"training": {"claim": claim, "state": "running"}}
+    store = train.Store("alice/any", Path("none"))
+    alice.add_fault(method="GET", path="/api/jobs/alice/j1", status=503, times=3)
+    with pytest.raises(SystemExit) as ended:
+        train.check_holder(found, train.Job("j2"), store)
+    assert ended.value.code == 1 and "whether job j1" in capsys.readouterr().err
+    train.check_holder(found, train.Job("j2"), store)
+    assert store.holder == "t"
+
+
+def test_of_two_first_starts_one_ends(
+    train: ModuleType,
+    alice: Hub,
+    argv: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    """The other one creates and claims the repo while this one reads its data."""
+    original = train.read_data
+
+    def read_data(*args: Any) -> Any:
+        monkeypatch.setattr(train, "read_data", original)
+        train.main([*argv, "--hub_model_id", "alice/first"])
+        return original(*args)
+
+    monkeypatch.setattr(train, "read_data", read_data)
+    end(train, [*argv, "--hub_model_id", "alice/first"], 1)
+    assert "another start has just begun" in capsys.readouterr().err
+    assert contract(alice, "alice/first")["training"]["state"] == "complete"
+
+
+def test_a_claim_lost_while_the_hub_stumbles_stays_lost(
+    train: ModuleType, alice: Hub, tmp_path: Path
+) -> None:
+    """The listing that follows a 412 fails once: its head must not become ours to follow."""
+    api = HfApi(token=alice.token)
+    api.create_repo("alice/stumbled", private=True)
+    store = train.Store("alice/stumbled", tmp_path, api.repo_info("alice/stumbled").sha)
+    theirs = {"schema": 1, "stage": "adapter", "training": {"claim": {"job_id": None}}}
+    theirs["training"]["claim"]["token"] = "theirs"
+    operation = CommitOperationAdd("contract.json", json.dumps(theirs).encode())
+    api.create_commit("alice/stumbled", [operation], commit_message="Start of another")
+    store.holder = "ours"
+    alice.add_fault(method="GET", path="alice/stumbled/tree", status=400)
+    with pytest.raises(OSError):
+        store.push({"file": b"1"}, "Save one")
+    with pytest.raises(train.TakenOver):
+        store.push({"file": b"2"}, "Save two")
+    assert alice.commits("alice/stumbled")[0]["message"] == "Start of another"
+
+
 # --- state -----------------------------------------------------------------------------------
 
 
@@ -424,16 +507,14 @@ def test_an_adapter_that_reads_back_otherwise_is_no_end(
     capsys: pytest.CaptureFixture,
 ) -> None:
     """The Hub's copy lacks one trained matrix: it stays zero, and the scores show it."""
-    from safetensors.torch import load_file, save_file
+    from safetensors.torch import load, save
 
     original = train.push_final
 
-    def push_less(run: Any, names: list[str]) -> None:
-        file = run.store.folder / "adapter_model.safetensors"
-        tensors = load_file(file)
+    def push_less(run: Any, files: dict[str, Any]) -> None:
+        tensors = load(files["adapter_model.safetensors"])
         tensors.pop(next(name for name in tensors if "lora_B" in name))
-        save_file(tensors, file)
-        original(run, names)
+        original(run, files | {"adapter_model.safetensors": save(tensors)})
 
     monkeypatch.setattr(train, "push_final", push_less)
     end(train, [*argv, "--hub_model_id", "alice/lossy"], 1)
@@ -575,6 +656,95 @@ def test_fresh_in_a_folder_leaves_the_users_files(
     assert capsys.readouterr().out.count("training starts at step 0") == 2
 
 
+def test_a_local_run_inside_a_job_resumes(
+    train: ModuleType, argv: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("JOB_ID", "job-7")
+    run = [*argv, "--output_dir", str(tmp_path / "out")]
+    at_step(monkeypatch, train, 6, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    end(train, run, 75)
+    train.main(run)
+    assert (tmp_path / "out" / "adapter_model.safetensors").is_file()
+
+
+def test_the_users_own_files_stay(train: ModuleType, argv: list[str], tmp_path: Path) -> None:
+    for name in ("checkpoint-1/mine.txt", "checkpoint-2/mine.txt", "final/thesis.txt"):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).write_text("mine")
+    (tmp_path / "README.md").write_text("# My project")
+    train.main([*argv, "--output_dir", str(tmp_path), "--save_steps", "2"])
+    assert (tmp_path / "README.md").read_text() == "# My project"
+    assert (tmp_path / "final/thesis.txt").is_file()
+    kept = {path.name for path in tmp_path.glob("checkpoint-*")}
+    assert kept == {"checkpoint-1", "checkpoint-2", "checkpoint-10", "checkpoint-12"}
+
+
+def test_another_base_in_the_same_folder_is_refused(
+    train: ModuleType,
+    files: Path,
+    argv: list[str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from safetensors.torch import load_file, save_file
+
+    base = Path(shutil.copytree(files / "llama", tmp_path / "llama"))
+    run = [*argv, "--model_name_or_path", str(base), "--output_dir", str(tmp_path / "out")]
+    at_step(monkeypatch, train, 6, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    end(train, run, 75)
+    tensors = {name: 1.1 * value for name, value in load_file(base / "model.safetensors").items()}
+    save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
+    end(train, run, 2)
+    assert "the base model has changed" in capsys.readouterr().err
+
+
+def test_a_damaged_best_checkpoint_does_not_come_back(
+    train: ModuleType,
+    files: Path,
+    argv: list[str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """With the highest loss as the best, that of the first evaluation would be the result."""
+    validation = tiny.write_jsonl(files / "validation.jsonl", tiny.post_rows()[64:80])
+    run = [*argv, "--validation_file", str(validation), "--greater_is_better", "true"]
+    run += ["--early_stopping_patience", "9", "--output_dir", str(tmp_path)]
+    at_step(monkeypatch, train, 9, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    end(train, run, 75)
+    weights = tmp_path / "checkpoint-4" / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"?")
+    train.main(run)
+    assert "the best one, checkpoint-4, has a damaged adapter" in capsys.readouterr().out
+    training = json.loads((tmp_path / "contract.json").read_text())["training"]
+    assert training["weights_of_step"] == 12
+
+
+def test_a_checkpoint_that_the_hub_lists_otherwise_is_not_saved(
+    train: ModuleType,
+    alice: Hub,
+    argv: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    at_step(monkeypatch, train, 2, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    alice.add_fault(method="GET", path="alice/unlisted/tree/.*/checkpoint-2", status=403)
+    end(train, [*argv, "--hub_model_id", "alice/unlisted"], 1)
+    ended = capsys.readouterr()
+    assert "checkpoint-2 is NOT on the Hub" in ended.out
+    assert "stopped at step 2, and the Hub did not take it" in ended.err
+
+
+def test_a_finished_run_is_not_shortened(
+    train: ModuleType, alice: Hub, argv: list[str], straight: str, capsys: pytest.CaptureFixture
+) -> None:
+    head = alice.commits(straight)[0]["oid"]
+    train.main([*argv, "--hub_model_id", straight, "--max_steps", "8"])
+    assert "is complete at step 12: nothing to do" in capsys.readouterr().out
+    assert alice.commits(straight)[0]["oid"] == head
+
+
 # --- storage ---------------------------------------------------------------------------------
 
 
@@ -658,6 +828,10 @@ def test_a_relay_hands_over_at_the_deadline_only(
     assert commits == [len(alice.commits(repo))]
     passed.clear()
     monkeypatch.setenv("JOB_ID", following.info["id"])
+    # The platform restarts this second job: its count of hops is not forgotten.
+    at_step(monkeypatch, train, 7, lambda: (_ for _ in ()).throw(MemoryError))
+    with pytest.raises(MemoryError):
+        train.main(run)
     at_step(monkeypatch, train, 8, lambda: passed.append(8))
     end(train, run, 75)
     assert "relay: not run again" in capsys.readouterr().out

@@ -90,6 +90,7 @@ PROCESS_START = time.time()
 RANK, WORLD_SIZE = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 RESUMED = ".resumed"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
+CARD_TITLE = "# Hate-speech detector: LoRA adapter for"
 FINISH = "Finish at step"  # the commits at which an adapter stands at the root
 # Log-likelihood: kernels may round otherwise from call to call, lost weights show at once.
 PROBE_TOLERANCE = 1e-3
@@ -328,11 +329,14 @@ def train(argv: list[str] | None, stop: Stop) -> None:
     args = parse_args(argv)
     check_training_arguments(args)
     check_loggers(args)
-    job = read_job()
-    check_money(args, job)
     store = open_store(args)
-    earlier = broadcast(read_earlier(args, store, job) if RANK == 0 else None)
-    if earlier and is_finished(args, store, earlier):
+    job = read_job(store)
+    check_money(args, job)
+    earlier, finished = None, False
+    if RANK == 0 and (earlier := read_earlier(args, store, job)):
+        finished = is_finished(args, store, earlier)
+    earlier, finished = broadcast((earlier, finished))
+    if finished:
         return
     data = read_data(args, earlier)
     base = open_base(args, earlier)
@@ -416,18 +420,20 @@ class SteadyStream:
     def write(self, text: str) -> int:
         try:
             return self.stream.write(text)
-        except OSError:
-            self.give_up()
+        except OSError as error:
+            self.give_up(error)
             return len(text)
 
     def flush(self) -> None:
         try:
             self.stream.flush()
-        except OSError:
-            self.give_up()
+        except OSError as error:
+            self.give_up(error)
 
-    def give_up(self) -> None:
+    def give_up(self, error: OSError) -> None:
         """Write to nowhere from now on; else the interpreter's last flush changes the exit code."""
+        if error.errno not in (errno.EPIPE, errno.EIO, errno.EBADF):
+            raise error
         os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
 
     def __getattr__(self, name: str) -> Any:
@@ -546,15 +552,16 @@ class Store:
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         fresh = args.fresh and not contract["training"]["step"]
-        if fresh:
-            self.put_aside()
         if self.repo is None:
+            if fresh:
+                self.put_aside()
             write_json(self.folder / CONTRACT, contract)
             return
         prepare_repo(self.repo, "model", "adapter", args.allow_public)
         with hub_errors(f"claim {self.repo}"):
-            if self.head is None:
-                self.look()
+            # Made just now; whatever stands in it is the claim of another start that was faster.
+            if self.head is None and self.look():
+                fail(f"another start has just begun a run in {self.repo}; this one ends.", code=1)
             keep = None
             if fresh and CONTRACT in self.tree:
                 from huggingface_hub import HfApi
@@ -564,13 +571,16 @@ class Store:
                 print(f"--fresh: the old state stays at {self.repo}@{tag}", flush=True)
                 keep = {".gitattributes"}.__contains__
             token = os.urandom(8).hex()
-            claim = {"job_id": job.id, "namespace": job.namespace, "token": token}
+            owner = job.namespace or self.repo.partition("/")[0]
+            claim = {"job_id": job.id, "namespace": owner, "token": token}
             contract["training"]["claim"] = claim
             try:
                 self.push({CONTRACT: as_json(contract)}, f"Start {SCRIPT}", keep)
             except TakenOver as error:
                 fail(f"{self.repo}: {error}; this start ends and has changed nothing.", code=1)
             self.holder = token
+            if fresh:
+                self.put_aside()
 
     def put_aside(self) -> None:
         """Move an old run's files on this machine into a folder beside the new one's."""
@@ -587,10 +597,13 @@ class Store:
 
     def steps(self) -> list[int]:
         """Steps of all checkpoints at the head and in the folder, newest first."""
-        names = {path.split("/")[0] for path in self.tree}
-        names |= {path.name for path in self.folder.glob("checkpoint-*")}
-        found = (re.fullmatch(r"checkpoint-(\d+)", name) for name in names)
-        return sorted((int(match[1]) for match in found if match), reverse=True)
+        found = {checkpoint_step(path) for path in self.tree} | self.local_steps()
+        return sorted(found - {None}, reverse=True)
+
+    def local_steps(self) -> set[int]:
+        """Steps of the checkpoints in the folder, complete or not."""
+        found = {checkpoint_step(f"{path.name}/") for path in self.folder.glob("checkpoint-*")}
+        return found - {None}
 
     def bring(self, step: int, run_sha256: str) -> str:
         """Have checkpoint-N in `folder`, byte for byte; return what is wrong with it, or "".
@@ -639,6 +652,11 @@ class Store:
             self.download(names)
         except RemoteEntryNotFoundError:
             return "has lost the content of a file"
+        except RuntimeError as error:
+            # What hf_xet raises for every answer of the content store.
+            if "404" not in str(error):
+                raise
+            return "has lost the content of a file"
         except (HTTPError, LocalEntryNotFoundError):
             raise
         except OSError as error:
@@ -682,6 +700,8 @@ class Store:
                     problem = self.bring(int(best.rpartition("-")[2]), run_sha256)
                     if problem:
                         self.say(f"the best one, {best}, {problem}: a new best one is looked for")
+                        shutil.rmtree(self.folder / best, ignore_errors=True)
+                        state |= {"best_metric": None, "best_global_step": None}
                     state["best_model_checkpoint"] = None if problem else str(self.folder / best)
                 contract["training"] |= {"step": step, "epoch": round(state["epoch"], 4)}
                 arguments = contract["arguments"]
@@ -734,9 +754,15 @@ class Store:
 
     def follow_head(self) -> None:
         """Take the newest commit for ours to follow, unless another start has claimed the repo."""
-        contract = self.look()
+        before = self.head, self.tree
+        try:
+            contract = self.look()
+        except BaseException:
+            self.head, self.tree = before
+            raise
         claim = contract and contract["training"].get("claim")
         if (claim and claim["token"]) != self.holder:
+            self.head, self.tree = before
             job = f"job {claim['job_id']}" if claim and claim["job_id"] else "another start"
             raise TakenOver(f"{job} has taken the run over")
 
@@ -767,7 +793,22 @@ def open_store(args: argparse.Namespace) -> Store:
         args.hub_model_id = f"{own_namespace()}/hsd-{args.run_name or 'lora'}"
     scratch = Path(tempfile.gettempdir()) / f"hsd-train-{broadcast(os.urandom(4).hex())}"
     folder = Path(args.output_dir or scratch).expanduser()
+    if not local:
+        limit_silence()
     return Store(None if local else args.hub_model_id, folder)
+
+
+def limit_silence(seconds: float = 120.0) -> None:
+    """Let no request wait longer for a Hub that says nothing; by default it waits for ever."""
+    from huggingface_hub.utils import set_client_factory
+    from huggingface_hub.utils._http import default_client_factory
+
+    def limited() -> Any:
+        client = default_client_factory()
+        client.timeout = seconds
+        return client
+
+    set_client_factory(limited)
 
 
 def file_sha256(file: Path) -> str:
@@ -823,7 +864,7 @@ def read_earlier(args: argparse.Namespace, store: Store, job: Job) -> dict[str, 
         fail(f"{store.name} was begun by an older version of this script; give another --run_name.")
     check_holder(found, job, store)
     relayed = bool(args.relay) and found["training"]["relay"]["pending"]
-    restarted = job.id is not None and found["training"]["claim"]["job_id"] == job.id
+    restarted = is_own_claim(found)
     # A Job that is started again with its own flags goes on with what it began.
     if args.fresh and not (found["arguments"].get("fresh") and (relayed or restarted)):
         return None
@@ -837,14 +878,21 @@ def read_earlier(args: argparse.Namespace, store: Store, job: Job) -> dict[str, 
     return found
 
 
+def is_own_claim(found: dict[str, Any]) -> bool:
+    """Whether this very Job made the claim, in a start before a restart of it."""
+    claim = found["training"]["claim"]
+    return claim is not None and claim["job_id"] == os.environ.get("JOB_ID", "")
+
+
 def check_holder(found: dict[str, Any], job: Job, store: Store) -> None:
     """End where the Job that holds the repo is still running; a dead one's claim is void."""
-    claim = found["training"].get("claim")
+    claim = found["training"]["claim"]
+    store.holder = claim and claim["token"]
     if not claim or not claim["job_id"] or claim["job_id"] == job.id:
-        store.holder = claim and claim["token"]
         return
-    store.holder = claim["token"]
-    record = ask_job(claim["job_id"], claim["namespace"])
+    # An outage says nothing about the other Job, so it ends this start instead of that one.
+    with hub_errors(f"ask whether job {claim['job_id']}, which claims {store.repo}, is running"):
+        record = ask_job(claim["job_id"], [claim["namespace"]])
     running = record is not None and record["status"]["stage"] == "RUNNING"
     if running and found["training"]["state"] == "running":
         fail(
@@ -891,14 +939,19 @@ def check_same_run(args: argparse.Namespace, earlier: dict[str, Any], store: Sto
 def is_finished(args: argparse.Namespace, store: Store, earlier: dict[str, Any]) -> bool:
     """Say whether the repo already holds the end of this very run, and print it."""
     was, now = earlier["arguments"], vars(args)
-    longer = any(was[key] != now[key] for key in ("num_train_epochs", "max_steps"))
-    there = store.repo is None or {"adapter_config.json", ADAPTER_WEIGHTS} <= store.tree.keys()
+    if was["max_steps"] > 0 and now["max_steps"] > 0:
+        longer = now["max_steps"] > was["max_steps"]
+    else:
+        longer = now["max_steps"] != was["max_steps"]
+        longer = longer or now["num_train_epochs"] > was["num_train_epochs"]
+    there = {"adapter_config.json", ADAPTER_WEIGHTS} <= store.tree.keys()
     same_data = not args.train_file or earlier["dataset"] == record_of_files(args)
     if earlier["training"]["state"] != "complete" or longer or not there or not same_data:
         return False
     print(f"{store.name} is complete at step {earlier['training']['step']}: nothing to do")
-    if args.reclaim_storage and RANK == 0:
-        reclaim_storage(store.repo)
+    if args.reclaim_storage:
+        with hub_errors(f"reclaim the storage of {store.repo}"):
+            reclaim_storage(store.repo)
     return True
 
 
@@ -964,7 +1017,7 @@ def read_data(args: argparse.Namespace, earlier: dict[str, Any] | None) -> Data:
         contract["groups"],
         prompt,
         source,
-        source.as_input(),
+        record_of_folder(source, CONTRACT, "**/*.parquet"),
     )
 
 
@@ -1085,12 +1138,15 @@ def training_job(argv: list[str] | None) -> str:
     return f"hf jobs uv run --flavor a100-large {SCRIPT} {flags}"
 
 
-def folder_sha256(folder: Path) -> str:
-    """SHA-256 over a local model's config and weights, by file name: what stands for a commit."""
-    digest = hashlib.sha256()
-    for file in sorted([folder / "config.json", *folder.glob("*.safetensors")]):
-        digest.update(f"{file.name} {file_sha256(file)}\n".encode())
-    return digest.hexdigest()
+def record_of_folder(repo: Repo, *patterns: str) -> dict[str, str | None]:
+    """The contract's record of a repo; of a folder also a hash of files, in place of a commit."""
+    record = repo.as_input()
+    if repo.folder:
+        digest = hashlib.sha256()
+        for file in sorted({file for pattern in patterns for file in repo.folder.glob(pattern)}):
+            digest.update(f"{file.name} {file_sha256(file)}\n".encode())
+        record["sha256"] = digest.hexdigest()
+    return record
 
 
 def build_contract(
@@ -1119,21 +1175,25 @@ def build_contract(
             ),
         }
     ids = probe_ids(tokenizer, scaffold, data.prompt)
+    base_model = record_of_folder(base, "config.json", "*.safetensors")
     if earlier:
         check_probe(tokenizer, ids, earlier["rendering"]["probe_ids"], "this run")
-        if earlier["dataset"] != data.record:
-            fail(
-                f"the training data has changed: it was {earlier['dataset']} and is {data.record}. "
-                "Give the old data to resume, or name another repo or folder for a new run."
-            )
+        for what, was, now in (
+            ("training data", earlier["dataset"], data.record),
+            ("base model", earlier["base_model"], base_model),
+        ):
+            if was != now:
+                fail(
+                    f"the {what} has changed: it was {was} and is {now}. Give the old one to "
+                    "resume, or name another repo or folder for a new run."
+                )
     inputs = [base] if data.source is None else [base, data.source]
     contract = stage_record("adapter", SCRIPT, args, inputs) | {
         "task": args.task,
         "labels": data.labels,
         "positive_label": data.positive_label,
         "groups": data.groups,
-        "base_model": base.as_input()
-        | ({"sha256": folder_sha256(base.folder)} if base.folder else {}),
+        "base_model": base_model,
         "dataset": data.record,
         "prompt": data.prompt,
         "rendering": rendering
@@ -1142,8 +1202,9 @@ def build_contract(
     }
     if earlier:
         kept = {"step", "epoch", "run_sha256", "wandb_run_id"}
-        # A run that was handed over counts on; a start by hand begins a new relay.
-        kept |= {"relay"} if earlier["training"]["relay"]["pending"] else set()
+        # A run that was handed over or restarted counts on; a start by hand begins a new relay.
+        if earlier["training"]["relay"]["pending"] or is_own_claim(earlier):
+            kept |= {"relay"}
         contract["training"] |= {key: earlier["training"][key] for key in kept}
         contract["training"]["relay"]["pending"] = False
     else:
@@ -1159,7 +1220,6 @@ def new_training(precision: str) -> dict[str, Any]:
         "epoch": 0.0,
         "precision": precision,
         "world_size": WORLD_SIZE,
-        "job_id": os.environ.get("JOB_ID"),
         "wandb_run_id": os.urandom(4).hex(),
         "claim": None,
         "relay": {"hops": 0, "spent_usd": 0.0, "pending": False},
@@ -1296,6 +1356,7 @@ class Stop:
             os.write(2, b"error: stopped at once; the newest pushed checkpoint stands.\n")
             os._exit(1)
         self.reason = self.reason or name
+        os.write(1, f"{name}: this step is finished, saved and pushed\n".encode())
 
 
 class Phases:
@@ -1336,41 +1397,53 @@ class Job:
         return minutes * (self.dollars_per_hour or 0.0) / 60
 
 
-def ask_job(job_id: str, namespace: str | None) -> dict[str, Any] | None:
-    """The Jobs API's raw record of a Job, which may name its timeout; None where it tells none."""
-    from httpx2 import HTTPError
+def ask_job(job_id: str, namespaces: list[str]) -> dict[str, Any] | None:
+    """The Jobs API's raw record of a Job, which may name its timeout; None where it has none."""
     from huggingface_hub import HfApi, get_session
+    from huggingface_hub.errors import HfHubHTTPError
     from huggingface_hub.utils import build_hf_headers, hf_raise_for_status
 
-    def attempt(_: int) -> dict[str, Any]:
-        owner = namespace or HfApi().whoami()["name"]
-        url = f"{HfApi().endpoint}/api/jobs/{owner}/{job_id}"
+    def attempt(namespace: str) -> dict[str, Any]:
+        url = f"{HfApi().endpoint}/api/jobs/{namespace}/{job_id}"
         response = get_session().get(url, headers=build_hf_headers(), timeout=10)
         hf_raise_for_status(response)
         return response.json()
 
-    try:
-        return retried(f"ask about the job {job_id}", attempt, tries=3)
-    except (HTTPError, OSError, ValueError):
-        return None
+    for namespace in namespaces:
+        try:
+            what = f"ask about the job {job_id}"
+            return retried(what, lambda _, owner=namespace: attempt(owner), tries=3)
+        except HfHubHTTPError as error:
+            if error.response.status_code not in (401, 403, 404):
+                raise
+    return None
 
 
-def read_job() -> Job:
-    """What the Jobs API says about this Job: its start, its price and, if it tells, its end."""
+def read_job(store: Store) -> Job:
+    """What the Jobs API says about this Job: its start, its price and, if it tells, its end.
+
+    A local run asks nobody. A Job may run in a namespace of an organisation.
+    """
     job_id = os.environ.get("JOB_ID")
-    record = ask_job(job_id, None) if job_id and RANK == 0 else None
-    if record is None:
+    if not job_id or store.repo is None or RANK:
         return Job(job_id)
     from httpx2 import HTTPError
     from huggingface_hub import HfApi
 
-    price = None
-    with contextlib.suppress(HTTPError, OSError):
+    with hub_errors("ask the Hub who you are"):
+        user = HfApi().whoami()
+    owners = [user["name"], *(organisation["name"] for organisation in user.get("orgs", []))]
+    price, record = None, None
+    with contextlib.suppress(HTTPError, OSError, ValueError):
+        record = ask_job(job_id, owners)
         hardware = {item.name: item for item in HfApi().list_jobs_hardware()}
-        item = hardware.get(record.get("flavor") or "")
+        item = hardware.get((record or {}).get("flavor") or "")
         per_hour = {"minute": 60, "hour": 1}
         if item and item.unit_label in per_hour:
             price = item.unit_cost_usd * per_hour[item.unit_label]
+    if record is None:
+        print(f"the Jobs API says nothing about this job, {job_id}", flush=True)
+        return Job(job_id)
     started = record.get("startedAt")
     return Job(
         job_id,
@@ -1401,10 +1474,11 @@ def check_money(args: argparse.Namespace, job: Job) -> None:
     from huggingface_hub import HfApi
 
     with hub_errors("ask the Hub what this token may do"):
-        token = HfApi().whoami()["auth"]["accessToken"]
+        token = HfApi().whoami().get("auth", {}).get("accessToken", {})
     scopes = token.get("fineGrained", {}).get("scoped", [])
     rights = {right for scope in scopes for right in scope.get("permissions", [])}
-    if token["role"] != "write" and "job.write" not in rights:
+    # A login by OAuth names no role.
+    if token.get("role", "write") != "write" and "job.write" not in rights:
         fail("--relay starts Jobs, and this token may not. Give HF_TOKEN of role `write`.")
 
 
@@ -1416,10 +1490,10 @@ class Uploader:
 
     def __init__(self) -> None:
         self.thread: threading.Thread | None = None
-        self.name = self.status = ""
+        self.name = self.status = self.verified = ""
         self.failing = False
         self.error: BaseException | None = None
-        self.seconds = 0.0
+        self.began = self.seconds = 0.0  # start and duration of the last try
         self.cut = threading.Event()
 
     def start(self, name: str, push: Callable[[], str]) -> None:
@@ -1430,26 +1504,25 @@ class Uploader:
         self.thread.start()
 
     def work(self, push: Callable[[], str]) -> None:
-        from httpx2 import HTTPError
-
-        began = time.monotonic()
+        self.began = time.monotonic()
         try:
             where = push()
-            self.seconds = time.monotonic() - began
-            self.status = f"{self.name} on the Hub"
+            self.seconds = time.monotonic() - self.began
+            self.verified, self.status = self.name, f"{self.name} on the Hub"
             print(f"{self.name} is on the Hub: {where}, {self.seconds:.1f} s", flush=True)
-        except (HTTPError, OSError, RuntimeError) as error:
-            reason = (str(error).splitlines() or [""])[0]
-            self.status = f"{self.name} NOT on the Hub"
-            reason = f"{type(error).__name__}: {reason}"
-            print(f"{self.name} is NOT on the Hub: {reason}", flush=True)
-        except BaseException as error:  # Whatever else it is belongs to the main thread.
+        except (TakenOver, SystemExit) as error:  # The main thread ends: `settle`.
             self.error = error
+        except Exception as error:  # Whatever a Hub answers, training goes on.
+            reason = f"{type(error).__name__}: {error}".splitlines()[0]
+            self.status = f"{self.name} NOT on the Hub"
+            print(f"{self.name} is NOT on the Hub: {reason}", flush=True)
 
     def pause(self, seconds: float) -> bool:
         """Wait between two tries; False once nobody waits for this push any more."""
         self.failing, self.status = True, f"{self.name} NOT on the Hub yet"
-        return not self.cut.wait(seconds)
+        waited = not self.cut.wait(seconds)
+        self.began = time.monotonic()
+        return waited
 
     def settle(self, patience_s: float, failing_s: float) -> bool:
         """Wait for the push under way: `patience_s`, but while its tries fail only `failing_s`.
@@ -1460,9 +1533,10 @@ class Uploader:
         while self.thread and self.thread.is_alive():
             self.thread.join(0.02)
             waited = time.monotonic() - began
-            if waited >= patience_s or (self.failing and waited >= failing_s):
+            if self.failing and waited >= failing_s:
                 self.cut.set()
-            if waited >= patience_s + 5:
+            if waited >= patience_s:
+                self.cut.set()
                 return False
         self.thread = None
         if isinstance(self.error, TakenOver):
@@ -1487,6 +1561,7 @@ class Run:
     paused: bool = False
     save_s: float = 0.0
     evaluation_s: float = 0.0
+    epoch_ends_with_work: bool = False  # an evaluation or a save is due at each epoch's end
     step_s: float = 0.0
     mark: float = 0.0  # when the step, its log or its evaluation ended
     saved: float = field(default_factory=time.monotonic)
@@ -1498,6 +1573,9 @@ class Run:
         from transformers import TrainerCallback
 
         run = self
+        settings = trainer.args
+        strategies = (settings.eval_strategy, settings.save_strategy, settings.logging_strategy)
+        self.epoch_ends_with_work = "epoch" in strategies
 
         class Keeper(TrainerCallback):
             def on_train_begin(self, args: Any, state: Any, *_: Any, **__: Any) -> None:
@@ -1515,6 +1593,11 @@ class Run:
 
             def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
                 run.end_step(state, control)
+
+            def on_epoch_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+                # Trainer ends the epoch of a paused run too, in its middle.
+                if run.paused:
+                    control.should_log = control.should_evaluate = control.should_save = False
 
             def on_evaluate(self, *_: Any, **__: Any) -> None:
                 run.evaluation_s = time.monotonic() - run.mark
@@ -1565,6 +1648,9 @@ class Run:
     def end_step(self, state: Any, control: Any) -> None:
         """Ask for a save or the stop where one is due, on every process at the same step."""
         self.step_s, self.mark = time.monotonic() - self.mark, time.monotonic()
+        if state.epoch == int(state.epoch) and self.epoch_ends_with_work:
+            # Trainer has yet to evaluate and save this step; the next one can be stopped after.
+            return
         due = self.mark - self.saved >= 60 * self.args.save_minutes
         if RANK == 0 and not self.stop.reason and time.time() >= self.latest_stop():
             self.stop.reason = "deadline"
@@ -1595,7 +1681,8 @@ class Run:
         if deadline == math.inf:
             return deadline
         window = deadline - PROCESS_START
-        if not self.save_s:
+        measured = self.save_s and (self.uploader.seconds or self.store.repo is None)
+        if not measured:
             return deadline - min(60.0, 0.1 * window)
         needed = 2 * (self.save_s + self.uploader.seconds) + self.evaluation_s + self.step_s
         return deadline - needed - min(15.0, 0.1 * window)
@@ -1642,7 +1729,7 @@ class Run:
             training["relay"]["spent_usd"] += round(self.job.dollars(), 4)
             training["relay"]["hops"] += training["relay"]["pending"]
         began = time.monotonic()
-        ended = self.uploader.settle(self.args.hub_patience if self.paused else 60.0, 0.0)
+        ended = self.uploader.settle(self.args.hub_patience if self.paused else 10.0, 0.0)
         self.rotate({name, best, *([] if ended else [self.uploader.name])})
         self.saved = time.monotonic()
         if self.store.repo is None:
@@ -1652,6 +1739,7 @@ class Run:
             contract = as_json(self.contract)
             self.uploader.start(name, lambda: self.push(name, best, contract))
         else:
+            write_manifest(folder, training["run_sha256"])
             print(f"{name} is NOT on the Hub: the push of {self.uploader.name} is not through yet")
         self.phases.move("push", time.monotonic() - began)
         self.mark = time.monotonic()
@@ -1659,17 +1747,16 @@ class Run:
     def rotate(self, kept: set[str]) -> None:
         """Remove local checkpoints beyond the newest --keep_checkpoints and those of `kept`.
 
-        Later ones than the present step were skipped by the resume; they are left to their owner.
+        What this run did not write, or skipped when it resumed, is left to its owner.
         """
-        found = {
-            checkpoint_step(f"{path.name}/"): path
-            for path in self.store.folder.glob("checkpoint-*")
-        }
-        reached = self.contract["training"]["step"]
-        steps = sorted((step for step in found if step and step <= reached), reverse=True)
-        for step in steps[self.args.keep_checkpoints :]:
-            if found[step].name not in kept:
-                shutil.rmtree(found[step])
+        training = self.contract["training"]
+        earlier = (step for step in self.store.local_steps() if step < training["step"])
+        for step in sorted(earlier, reverse=True)[self.args.keep_checkpoints - 1 :]:
+            path = self.store.folder / f"checkpoint-{step}"
+            with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+                manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+                if path.name not in kept and manifest["run_sha256"] == training["run_sha256"]:
+                    shutil.rmtree(path)
 
     def push(self, name: str, best: str, contract: bytes) -> str:
         """One commit: checkpoint-N with its manifest, contract and log, less older checkpoints."""
@@ -1683,13 +1770,13 @@ class Run:
             names = json.loads(manifest.read_text(encoding="utf-8"))["files"]
             for file in (*names, MANIFEST):
                 files[f"{checkpoint}/{file}"] = store.folder / checkpoint / file
-        for path in (store.folder / RUN_LOG, *(store.folder / "runs").rglob("*")):
-            if path.is_file():
-                files[path.relative_to(store.folder).as_posix()] = path.read_bytes()
+        files[RUN_LOG] = (store.folder / RUN_LOG).read_bytes()
         found = {checkpoint_step(path) for path in (*store.tree, *files)} - {None}
-        # A later one than this was skipped as damaged when the run resumed.
+        # A later one was skipped by the resume: it counts for nothing, and is removed only when
+        # this run has passed it, because a bad line may be what was wrong with it.
         newest = sorted((step for step in found if step <= saved_step), reverse=True)
         kept = {*newest[: self.args.keep_checkpoints], checkpoint_step(f"{best}/"), None}
+        kept |= {step for step in found if step > saved_step}
         commit_hash = store.push(
             files,
             f"Save {name}",
@@ -1706,7 +1793,7 @@ class Run:
         name = f"checkpoint-{step}"
         if self.store.repo is None:
             return self.store.is_local(name)
-        return f"{name}/{MANIFEST}" in self.store.tree
+        return self.uploader.verified == name
 
     def pause(self, state: Any) -> None:
         """Wait until the last checkpoint is where it belongs, say what is left, and end."""
@@ -1715,12 +1802,12 @@ class Run:
             broadcast(None)
             raise SystemExit(PAUSED)
         self.phases.enter("push")
-        self.uploader.settle(self.args.hub_patience, self.args.hub_patience)
+        self.uploader.settle(self.args.hub_patience + 5, self.args.hub_patience)
         if not self.is_saved(state.global_step):
             fail(
-                f"stopped at step {state.global_step}, which is only in {self.store.folder} of "
-                "this machine: the Hub did not take it. The same command goes on from the newest "
-                "checkpoint that it finds.",
+                f"stopped at step {state.global_step}, and the Hub did not take it. On this "
+                f"machine, the same command with --output_dir {self.store.folder} goes on from "
+                "there; elsewhere from the newest checkpoint on the Hub.",
                 code=1,
             )
         first, since = self.began
@@ -1741,6 +1828,8 @@ class Run:
             self.hand_over()
         elif self.args.relay:
             print("relay: not run again (a signal, or no hops or budget left)", flush=True)
+        if not self.args.output_dir:
+            shutil.rmtree(self.store.folder, ignore_errors=True)
         broadcast(None)
         raise SystemExit(PAUSED)
 
@@ -2016,8 +2105,14 @@ def finish(run: Run, trainer: Any, tokenizer: Any) -> None:
     """Push adapter, tokenizer, contract and card to the root in one commit; check and list them."""
     store, contract, state = run.store, run.contract, trainer.state
     patience_s = run.args.hub_patience
-    run.uploader.settle(patience_s, patience_s)
-    final = store.folder / "final"
+    if not run.uploader.settle(patience_s + 5, patience_s):
+        fail(
+            f"the push of {run.uploader.name} is not through, so the end cannot be pushed. On this "
+            f"machine, the same command with --output_dir {store.folder} goes on from here.",
+            code=1,
+        )
+    final = store.folder / ".final"
+    shutil.rmtree(final, ignore_errors=True)
     trainer.save_model(str(final))
     tokenizer.save_pretrained(final)
     record_base(final, contract)
@@ -2035,19 +2130,24 @@ def finish(run: Run, trainer: Any, tokenizer: Any) -> None:
     (final / "training_args.bin").unlink()
     # Only what was written just now is pushed: --output_dir may hold files of the user's.
     names = sorted(path.name for path in final.iterdir())
-    for name in names:
-        (final / name).replace(store.folder / name)
+    files: dict[str, Path | bytes] = {name: (final / name).read_bytes() for name in names}
+    card = store.folder / "README.md"
+    if card.is_file() and CARD_TITLE not in card.read_text(encoding="utf-8", errors="replace"):
+        (final / card.name).unlink()
+    for path in list(final.iterdir()):
+        path.replace(store.folder / path.name)
     final.rmdir()
     before = probe_scores(trainer, tokenizer, contract)
     if store.repo:
         store.say(f"finished at step {state.global_step}; pushing the adapter")
-        push_final(run, names)
+        push_final(run, files)
     reload_adapter(store, trainer)
     after = probe_scores(trainer, tokenizer, contract)
     difference = max(abs(x - y) for x, y in zip(before, after, strict=True))
     if not difference <= PROBE_TOLERANCE:
         contract["training"]["state"] = "running"
-        with hub_errors(f"push to {store.name}"):
+        write_json(store.folder / CONTRACT, contract)
+        with hub_errors(f"push to {store.name}"), contextlib.suppress(TakenOver):
             store.push({CONTRACT: as_json(contract)}, "Take the end back")
         fail(f"the adapter in {store.name} scores otherwise than the trained one.", code=1)
     print_receipt(run, names, difference)
@@ -2055,23 +2155,21 @@ def finish(run: Run, trainer: Any, tokenizer: Any) -> None:
     print("" if "repo" in contract["dataset"] else " --test_file POSTS.jsonl", flush=True)
 
 
-def push_final(run: Run, names: list[str]) -> None:
+def push_final(run: Run, files: dict[str, Path | bytes]) -> None:
     """Commit the root's files, after the history is squashed where that is asked for."""
-    store = run.store
-    end = time.monotonic() + run.args.hub_patience
+    store, failing_since = run.store, []
 
     def pause(seconds: float) -> bool:
-        if time.monotonic() >= end:
-            return False
-        time.sleep(min(seconds, max(0.0, end - time.monotonic())))
-        return True
+        failing_since.append(time.monotonic())
+        left = failing_since[0] + run.args.hub_patience - time.monotonic()
+        time.sleep(max(0.0, min(seconds, left)))
+        return left > 0
 
-    files: dict[str, Path | bytes] = {name: store.folder / name for name in names}
     files[RUN_LOG] = (store.folder / RUN_LOG).read_bytes()
     with hub_errors(f"push the adapter to {store.repo}; it is still in {store.folder}"):
-        if run.args.squash_history:
-            squash_history(store)
         try:
+            if run.args.squash_history:
+                squash_history(store)
             title = f"{FINISH} {run.contract['training']['step']}"
             store.push(files, title, pause=pause, tries=None)
         except TakenOver as error:
@@ -2159,6 +2257,7 @@ def squash_history(store: Store) -> None:
     if any(entry.title.startswith(FINISH) for entry in api.list_repo_commits(store.repo)):
         print("--squash_history is left out: an evaluation or a merge may have pinned a commit")
         return
+    store.follow_head()
     api.super_squash_history(store.repo, commit_message="Squash the checkpoints' history")
     store.look()
 
@@ -2173,8 +2272,9 @@ def reclaim_storage(repo: str) -> None:
     from huggingface_hub.hf_api import RepoFile
 
     api = HfApi()
-    refs = api.list_repo_refs(repo)
-    heads = {ref.target_commit for ref in (*refs.branches, *refs.tags, *refs.converts)}
+    refs = api.list_repo_refs(repo, include_pull_requests=True)
+    named = (*refs.branches, *refs.tags, *refs.converts, *(refs.pull_requests or []))
+    heads = {ref.target_commit for ref in named}
     finished = {
         entry.commit_id for entry in api.list_repo_commits(repo) if entry.title.startswith(FINISH)
     }
@@ -2203,7 +2303,7 @@ def model_card(store: Store, contract: dict[str, Any]) -> str:
     return f"""---
 {front}
 ---
-# Hate-speech detector: LoRA adapter for {base}
+{CARD_TITLE} {base}
 
 A research detector for English posts with the labels {", ".join(contract["labels"])}. It makes
 errors, and not the same ones for every group; it is not for unattended removal of posts.
@@ -2700,6 +2800,8 @@ def hub_errors(action: str) -> Iterator[None]:
         )
     except errors.RevisionNotFoundError:
         fail(f"cannot {action}: the repo has no such revision. Give a branch, tag or commit hash.")
+    except errors.LocalEntryNotFoundError as error:
+        fail(f"cannot {action}: the Hub does not answer. {error}", code=1)
     except (errors.EntryNotFoundError, errors.HFValidationError) as error:
         fail(f"cannot {action}: {error}")
     except errors.HfHubHTTPError as error:
@@ -2712,7 +2814,7 @@ def hub_errors(action: str) -> Iterator[None]:
                 "namespace: make one of role `write` in the Hub's settings."
             )
         fail(f"cannot {action}: the Hub answered {status}. {str(error).splitlines()[0]}", code=1)
-    except (HTTPError, OSError) as error:
+    except (HTTPError, OSError, RuntimeError) as error:
         # transformers wraps a gated repo's refusal into an OSError.
         gated = "gated repo" in str(error)
         fail(f"cannot {action}: {type(error).__name__}: {error}", code=2 if gated else 1)
@@ -2775,7 +2877,7 @@ def retried(
     for number in itertools.count():
         try:
             return attempt(number)
-        except (HTTPError, OSError) as error:
+        except (HTTPError, OSError, RuntimeError) as error:  # RuntimeError: hf_xet's only kind.
             response = error.response if isinstance(error, HfHubHTTPError) else None
             final = response is not None and response.status_code not in (429, 500, 502, 503, 504)
             if final or number + 1 == tries:
