@@ -2063,6 +2063,8 @@ def build_trainer(
         import trl
 
         trainer = trl.SFTTrainer(model, args=settings, peft_config=config, **common)
+        # It would write its own card over a README.md of the user's, at every save.
+        trainer.create_model_card = lambda *_, **__: None
     keep_four_bit_layout(trainer.model)
     # TRL makes the LoRA weights of a quantised model bfloat16, but a resume loads them as
     # float32: only float32 from the start continues as the same run.
