@@ -668,7 +668,7 @@ def test_a_local_run_inside_a_job_resumes(
 
 
 def test_the_users_own_files_stay(train: ModuleType, argv: list[str], tmp_path: Path) -> None:
-    for name in ("checkpoint-1/mine.txt", "checkpoint-2/mine.txt", "final/thesis.txt"):
+    for name in ("checkpoint-1/mine.txt", "checkpoint-3/mine.txt", "final/thesis.txt"):
         (tmp_path / name).parent.mkdir()
         (tmp_path / name).write_text("mine")
     (tmp_path / "README.md").write_text("# My project")
@@ -676,7 +676,7 @@ def test_the_users_own_files_stay(train: ModuleType, argv: list[str], tmp_path: 
     assert (tmp_path / "README.md").read_text() == "# My project"
     assert (tmp_path / "final/thesis.txt").is_file()
     kept = {path.name for path in tmp_path.glob("checkpoint-*")}
-    assert kept == {"checkpoint-1", "checkpoint-2", "checkpoint-10", "checkpoint-12"}
+    assert kept == {"checkpoint-1", "checkpoint-3", "checkpoint-10", "checkpoint-12"}
 
 
 def test_another_base_in_the_same_folder_is_refused(
