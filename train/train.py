@@ -1631,7 +1631,9 @@ class Run:
         except Exception as error:
             self.uploader.settle(self.args.hub_patience, 5.0)
             step = trainer.state.global_step
-            if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error):
+            # torch's writer names no reason when the disk ends in the middle of a file.
+            full = shutil.disk_usage(self.store.folder).free < 2**20
+            if full or "No space left" in str(error):
                 partial = self.store.folder / f"checkpoint-{step}"
                 if not (partial / MANIFEST).is_file():
                     shutil.rmtree(partial, ignore_errors=True)
@@ -1648,6 +1650,8 @@ class Run:
     def end_step(self, state: Any, control: Any) -> None:
         """Ask for a save or the stop where one is due, on every process at the same step."""
         self.step_s, self.mark = time.monotonic() - self.mark, time.monotonic()
+        if self.uploader.error:  # Another start has taken over: no further step is paid for.
+            self.uploader.settle(0.0, 0.0)
         if state.epoch == int(state.epoch) and self.epoch_ends_with_work:
             # Trainer has yet to evaluate and save this step; the next one can be stopped after.
             return
