@@ -752,7 +752,7 @@ def both_at_once(bench: Bench, repo: str, **env: str) -> Outcome:
     codes = [trainer.end(0, 1) for trainer in pair]
     expect(sorted(codes) == [0, 1], f"exit codes {codes}:\n{pair[0].tail()}\n\n{pair[1].tail()}")
     winner, loser = sorted(pair, key=lambda trainer: trainer.process.returncode)
-    expect(bool(loser.found("error: .*taken")), f"no clear message:\n{loser.tail()}")
+    expect(bool(loser.found("error: .*(taken|just begun)")), f"no clear message:\n{loser.tail()}")
     bench.check_end(winner)
     start = f"checkpoint-{winner.resumed}" if winner.resumed else "the start"
     return Outcome(f"step {loser.step} (one of two)", 0, f"{start} (the other)")
