@@ -615,6 +615,24 @@ def test_checkpoints_that_never_reached_the_hub_are_used(
     train.main(run)
     assert "resuming from checkpoint-12" in capsys.readouterr().out
     assert weights(alice, "alice/away") == weights(alice, straight)
+    assert (alice.repo_folder("alice/away") / "checkpoint-12" / "manifest.json").is_file()
+
+
+def test_the_last_checkpoint_is_pushed_although_an_earlier_push_was_in_its_way(
+    train: ModuleType, alice: Hub, argv: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No save waits for the push before it, and the first takes longer than the training."""
+    original = train.Uploader.settle
+
+    def settle(uploader: Any, patience_s: float, failing_s: float) -> bool:
+        return original(uploader, 0.0 if patience_s == 10.0 else patience_s, failing_s)
+
+    monkeypatch.setattr(train.Uploader, "settle", settle)
+    alice.add_fault(method="POST", path="alice/slow-line/commit/", delay_s=4, skip=1)
+    train.main([*argv, "--hub_model_id", "alice/slow-line"])
+    folder = alice.repo_folder("alice/slow-line")
+    assert (folder / "checkpoint-12" / "manifest.json").is_file()
+    assert contract(alice, "alice/slow-line")["training"]["state"] == "complete"
 
 
 def test_fresh_starts_over_and_archives(

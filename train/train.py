@@ -1792,6 +1792,20 @@ class Run:
             store.check_pushed(checkpoint)
         return f"{store.repo}@{commit_hash[:8]}"
 
+    def push_newest(self, state: Any) -> bool:
+        """At a stop or the end: have the newest checkpoint on the Hub, even if its push was left
+        out because an earlier one was still under way. Returns whether no push is under way.
+        """
+        patience_s = self.args.hub_patience
+        ended = self.uploader.settle(patience_s + 5, patience_s)
+        name = f"checkpoint-{state.global_step}"
+        tried = self.uploader.name == name or f"{name}/{MANIFEST}" in self.store.tree
+        if not ended or tried or self.store.repo is None or not self.store.is_local(name):
+            return ended
+        best, contract = Path(state.best_model_checkpoint or "").name, as_json(self.contract)
+        self.uploader.start(name, lambda: self.push(name, best, contract))
+        return self.uploader.settle(patience_s + 5, patience_s)
+
     def is_saved(self, step: int) -> bool:
         """Whether the repo, or for a local run the folder, holds this step's checkpoint."""
         name = f"checkpoint-{step}"
@@ -1806,7 +1820,7 @@ class Run:
             broadcast(None)
             raise SystemExit(PAUSED)
         self.phases.enter("push")
-        self.uploader.settle(self.args.hub_patience + 5, self.args.hub_patience)
+        self.push_newest(state)
         if not self.is_saved(state.global_step):
             fail(
                 f"stopped at step {state.global_step}, and the Hub did not take it. On this "
@@ -2110,8 +2124,7 @@ def record_base(folder: Path, contract: dict[str, Any]) -> None:
 def finish(run: Run, trainer: Any, tokenizer: Any) -> None:
     """Push adapter, tokenizer, contract and card to the root in one commit; check and list them."""
     store, contract, state = run.store, run.contract, trainer.state
-    patience_s = run.args.hub_patience
-    if not run.uploader.settle(patience_s + 5, patience_s):
+    if not run.push_newest(state):
         fail(
             f"the push of {run.uploader.name} is not through, so the end cannot be pushed. On this "
             f"machine, the same command with --output_dir {store.folder} goes on from here.",
