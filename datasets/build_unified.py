@@ -2,9 +2,13 @@
 # requires-python = ">=3.11"
 # dependencies = [
 #     "datasets==5.2.0",
+#     "ftfy==6.3.1",
 #     "huggingface-hub==2.4.0",
+#     "krippendorff==0.9.0",
 #     "pyarrow==26.0.1",
 #     "pyyaml==6.0.3",
+#     "rensa==0.5.0",
+#     "scikit-learn==1.9.1",
 # ]
 #
 # [tool.uv]
@@ -19,16 +23,20 @@
 """Build the dataset repo that training and evaluation read, from HateXplain and ToxiGen.
 
 Reads:  HateXplain (--hatexplain) and ToxiGen (--toxigen), each from the Hub or from its official
-        file, plain or gzipped.
+        file, plain or gzipped; `none` leaves one out.
 Writes: DATASET_REPO (private, default {you}/hsd-data), in one commit: the configs unified, simple,
-        optimized and instruction as parquet, the dataset card and contract.json. A folder such as
-        ./out gets the same files; with local sources that needs no network and no token.
+        optimized and instruction as parquet, the dataset card and contract.json. --output_dir gets
+        the same files; with local sources that needs no network and no token.
 
     hf jobs uv run datasets/build_unified.py
     hf jobs uv run datasets/build_unified.py --toxigen_label human --offensive_as drop
 
+The whole official HateXplain with its three classes, as its published figures are measured:
+
+    hf jobs uv run datasets/build_unified.py --toxigen none --offensive_as keep --other_posts keep
+
 The same command again replaces the earlier build as a whole: the same sources, rules and seed give
-the same rows in the same order, byte for byte. The texts are offensive; the repo is private.
+the same bytes, and then nothing is committed. The texts are offensive; the repo is private.
 """
 
 from __future__ import annotations
@@ -38,6 +46,8 @@ import ast
 import contextlib
 import csv
 import difflib
+import fnmatch
+import functools
 import gzip
 import hashlib
 import io
@@ -45,11 +55,13 @@ import itertools
 import json
 import math
 import os
-import random
 import re
 import shutil
+import string
 import sys
+import tempfile
 import time
+import unicodedata
 import zlib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -67,43 +79,57 @@ CARD = "README.md"
 # unprefixed SEED or TASK in somebody's shell must not change an audited run.
 PLAIN_VARIABLES = ("DATASET_REPO", "HUB_MODEL_ID", "MAX_STEPS")
 LABELS, POSITIVE_LABEL = ["normal", "hate"], "hate"
-SPLITS = ("train", "validation", "test")
-# What each source calls the groups, and what the strategy `optimized` says about them. ToxiGen's
-# annotated test rows use the long names.
+# What each source calls the groups, what they hold and leave out, and what the strategy
+# `optimized` says about them. ToxiGen's annotated test rows use the long names.
 GROUPS: dict[str, dict[str, Any]] = {
     "lgbtq": {
         "hatexplain": ["Homosexual"],
         "toxigen": ["lgbtq", "lgbtq+ folks"],
+        "description": "In HateXplain only its target Homosexual: upstream pruned most other "
+        "orientations, and the few posts on Bisexual or Asexual are left out. In ToxiGen its "
+        "group lgbtq.",
         "note": "Lesbian, gay, bisexual and trans people are attacked as sick, sinful or a danger "
         "to children. Words that began as insults can be used with pride.",
     },
     "mexican": {
         "hatexplain": ["Hispanic"],
         "toxigen": ["mexican", "mexican folks"],
+        "description": "In HateXplain its target Hispanic, of whatever nationality. In ToxiGen its "
+        "group mexican, without its group latino.",
         "note": "Mexicans and other Latin Americans are attacked as criminals or invaders. An "
         "argument about border policy is no attack.",
     },
     "middle_east": {
         "hatexplain": ["Arab"],
         "toxigen": ["middle_east", "middle eastern folks"],
+        "description": "In HateXplain its target Arab, in ToxiGen its group middle_east. Posts "
+        "against Muslims (Islam, muslim) are left out unless they also name this target.",
         "note": "Arabs and other people of the Middle East are attacked as terrorists or savages. "
         "Criticism of a government or a war is no attack.",
     },
 }
+UNDECIDED = "undecided"
 # Where the Hub has each source as parquet; `datasets` no longer runs the script of HateXplain's
 # main branch. The classes are those of `label_multiclass`, in the order of the funnel's counts.
 SOURCES: dict[str, dict[str, Any]] = {
     "hatexplain": {
+        "title": "HateXplain",
         "repo": "Hate-speech-CNERG/hatexplain",
         "revision": "refs/convert/parquet",
-        "licence": "MIT",
-        "classes": ("hatespeech", "offensive", "normal"),
+        "licence": "mit",
+        "classes": ["hatespeech", "offensive", "normal", UNDECIDED],
+        "notice": "Mathew et al. 2021, posts of Twitter and Gab with three annotators each. "
+        "Copyright (c) 2020 Punyajoy Saha, MIT License (github.com/hate-alert/HateXplain).",
     },
     "toxigen": {
+        "title": "ToxiGen",
         "repo": "toxigen/toxigen-data",
         "revision": "main",
-        "licence": "MIT and CDLA-Permissive-2.0",
-        "classes": ("hate", "normal"),
+        "licence": "mit, cdla-permissive-2.0",
+        "classes": ["hate", "normal"],
+        "notice": "Hartvigsen et al. 2022, statements written by a language model. Copyright (c) "
+        "Microsoft Corporation, MIT License, and the Community Data License Agreement - "
+        "Permissive - Version 2.0 (cdla.dev/permissive-2-0).",
     },
 }
 CLASS_LABELS = {"hatespeech": "hate", "hate": "hate", "normal": "normal"}
@@ -119,17 +145,1104 @@ PROMPT_CLASSES = {"hate": "hate", "neutral": "normal", "1": "hate", "0": "normal
 TOXICITY = ("toxicity_ai", "toxicity_human")
 # A post is toxic to its readers above this sum of the two scores of 1 to 5: the paper's rule.
 TOXIC_ABOVE = 5.5
+BALANCE_KEYS = ("source", "label", "group")
+TARGET_RULES = {
+    "top": "the target that the annotators name most often; of a tie the one named first",
+    "majority": "every target that more than half of the annotators name",
+    "any": "every target that an annotator names",
+}
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """The flags; nothing is read yet."""
+    parser = Parser(prog=SCRIPT, description=__doc__)
+    flag = parser.add_argument_group("sources").add_argument
+    hub = {name: source["repo"] for name, source in SOURCES.items()}
+    flag(
+        "--hatexplain", default=hub["hatexplain"], help="Hub id[@revision], dataset.json[.gz], none"
+    )
+    flag("--hatexplain_splits", help="post_id_divisions.json[.gz], with a local --hatexplain")
+    flag("--toxigen", default=hub["toxigen"], help="Hub id[@revision], a file .csv[.gz], or none")
+    flag(
+        "--toxigen_config",
+        choices=list(TOXIGEN_COLUMNS),
+        help="annotated: judged by people; train: 250,951 rows; by default annotated for a file, "
+        "for the Hub the one that has --toxigen_label",
+    )
+    flag = parser.add_argument_group("rules").add_argument
+    flag(
+        "--toxigen_label",
+        choices=["prompt", "human"],
+        default="prompt",
+        help=f"prompt: what the text was made for; human: {' + '.join(TOXICITY)} > {TOXIC_ABOVE}",
+    )
+    flag(
+        "--offensive_as",
+        choices=[*LABELS, "drop", "keep"],
+        default="normal",
+        help="HateXplain's class offensive; keep makes it a third label",
+    )
+    flag(
+        "--target_rule",
+        choices=list(TARGET_RULES),
+        default="top",
+        help="which of the targets that HateXplain's annotators name count",
+    )
+    flag(
+        "--groups",
+        help='JSON {GROUP: {"hatexplain": [NAME], "toxigen": [NAME], "description": TEXT, '
+        '"note": TEXT}}, instead of lgbtq, mexican, middle_east',
+    )
+    flag("--other_posts", choices=["drop", "keep"], default="drop", help="posts about no group")
+    flag(
+        "--balance",
+        type=balance_keys,
+        default="none",
+        help=f"of {', '.join(BALANCE_KEYS)}: in each split, as many rows of every combination as "
+        "the smallest has; or none",
+    )
+    flag("--max_per_cell", type=int, help="most rows of a source x split x label x group")
+    flag(
+        "--persona_in_prompt",
+        type=boolean,
+        nargs="?",
+        const=True,
+        default=False,
+        help="put the source's name of the target into the prompts; it gives the source away",
+    )
+    flag(
+        "--allow_empty_cells",
+        type=boolean,
+        nargs="?",
+        const=True,
+        default=False,
+        help="go on where a group has no post of a label",
+    )
+    add_split_flags(parser)
+    add_build_flags(parser, "hsd-data")
+    return resolve_arguments(parser, argv)
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    check_arguments(args)
+    groups = read_groups(args.groups, SOURCES, GROUPS)
+    templates = read_prompt_template(args.prompt_template)
+    labels = ["normal", "offensive", "hate"] if args.offensive_as == "keep" else LABELS
+    targets = choose_targets(args, "hsd-data")
+    forgotten = read_forgotten(args.forget, targets)
+    sources = [read(args, groups) for read in (read_hatexplain, read_toxigen)]
+    build = Build(
+        title="Posts labelled for hate speech: HateXplain and ToxiGen",
+        labels=labels,
+        positive=POSITIVE_LABEL,
+        groups=groups,
+        sources=[source for source in sources if source],
+        rules=describe_rules(args),
+        label_descriptions=describe_labels(args),
+        language=["en"],
+        allow_empty_cells=args.allow_empty_cells,
+        forgotten=forgotten,
+    )
+    unify(build, args)
+    build.prompts = fill_prompts(build, templates, args.persona_in_prompt)
+    deliver(build, args, targets)
+    report_forgotten(build)
+
+
+# --- arguments -------------------------------------------------------------------------------
+
+
+def balance_keys(text: str) -> str:
+    """Read a list such as `source,label`; return it in a fixed order, joined by commas."""
+    keys = set(re.split(r"[,\s]+", text.strip(", ")))
+    if keys == {"none"}:
+        return "none"
+    if not keys or keys - {*BALANCE_KEYS}:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no list of {', '.join(BALANCE_KEYS)}, and not none"
+        )
+    return ",".join(key for key in BALANCE_KEYS if key in keys)
+
+
+def check_arguments(args: argparse.Namespace) -> None:
+    """Refuse flags that do not fit together and files that are not there; make paths absolute."""
+    check_build_flags(args)
+    if args.hatexplain == args.toxigen == "none":
+        fail("--hatexplain and --toxigen are both none: there is nothing to build from.")
+    for name in ("hatexplain", "hatexplain_splits", "toxigen"):
+        value = vars(args)[name]
+        if value and (name == "hatexplain_splits" or is_local_file(value)):
+            setattr(args, name, existing_file(name, value))
+    local = is_local_file(args.hatexplain)
+    if local and not args.hatexplain_splits:
+        fail("a local --hatexplain needs --hatexplain_splits, the official post_id_divisions.json.")
+    if args.hatexplain_splits and not local:
+        fail("--hatexplain_splits goes with a local --hatexplain; the Hub repo brings its splits.")
+    if args.toxigen_label == "human" and args.toxigen_config == "train":
+        fail("ToxiGen's train config has no human judgement. Use --toxigen_config annotated.")
+    if args.max_per_cell is not None and args.max_per_cell < 1:
+        fail(f"--max_per_cell {args.max_per_cell} must be 1 or more.")
+    if args.toxigen_config is None:
+        from_hub = not is_local_file(args.toxigen)
+        # The Hub's annotated rows have lost the prompt's class; only the original file has it.
+        prompt = from_hub and args.toxigen_label == "prompt"
+        args.toxigen_config = "train" if prompt else "annotated"
+
+
+def describe_rules(args: argparse.Namespace) -> dict[str, Any]:
+    """The rules of this build, for contract and card."""
+    rules = {
+        "offensive_as": args.offensive_as,
+        "target_rule": {args.target_rule: TARGET_RULES[args.target_rule]},
+        "toxigen_config": args.toxigen_config,
+        "toxigen_label": args.toxigen_label,
+        "other_posts": args.other_posts,
+        "split": "HateXplain: official; ToxiGen: 20 % test and 10 % validation of each group and "
+        "label, by a hash of seed and text",
+        "balance": args.balance,
+        "max_per_cell": args.max_per_cell,
+        "persona_in_prompt": args.persona_in_prompt,
+    }
+    return rules | split_rules(args) | common_rules(args)
+
+
+def describe_labels(args: argparse.Namespace) -> dict[str, str]:
+    """What each label holds under the rules."""
+    toxigen = (
+        f"of ToxiGen what people scored above {TOXIC_ABOVE} (toxicity_ai + toxicity_human)"
+        if args.toxigen_label == "human"
+        else "of ToxiGen what was generated from a hateful prompt, whatever people think of it"
+    )
+    offensive = f"; includes posts of HateXplain's class offensive ({args.offensive_as})"
+    parts = {
+        "normal": "HateXplain: normal by majority; ToxiGen: the rest",
+        "offensive": "HateXplain: offensive by majority, neither hate speech nor normal",
+        "hate": f"HateXplain: hatespeech by majority; {toxigen}",
+    }
+    if args.offensive_as in LABELS:
+        parts[args.offensive_as] += offensive
+    if args.offensive_as != "keep":
+        del parts["offensive"]
+    return parts
+
+
+# --- sources ---------------------------------------------------------------------------------
+
+
+def built_in_names(source: str) -> list[str]:
+    return [name for group in GROUPS.values() for name in group[source]]
+
+
+def read_hatexplain(args: argparse.Namespace, groups: dict[str, Any]) -> Source | None:
+    """Read the posts that are in an official split, have a majority label and name a group."""
+    if args.hatexplain == "none":
+        return None
+    source = Source("hatexplain", **SOURCES["hatexplain"])
+    if is_local_file(args.hatexplain):
+        source.set_file(args.hatexplain)
+        posts = parse_json(read_text(args.hatexplain), source.origin)
+        splits = read_splits(args.hatexplain_splits)
+        if not isinstance(posts, dict):
+            fail(f"{source.origin} must hold a mapping of post ids to posts.")
+    else:
+        posts, splits = {}, {}
+        paths = source.open_hub(args.hatexplain, "--hatexplain", "plain_text/*.parquet")
+        for path, file in paths.items():
+            for post in read_parquet(file, path, HATEXPLAIN_COLUMNS):
+                posts[post["id"]] = hub_post(post)
+                splits[post["id"]] = path.split("/")[1]
+    rows, unknown = [], Unknown()
+    for key, post in progress(posts.items(), "HateXplain", len(posts)):
+        split = splits.get(key)
+        rows.append(parse_post(key, post, split, source.origin, args.target_rule, unknown))
+    unknown.check(source.origin, {"label": HATEXPLAIN_HUB_CLASSES})
+    names = {name for row in rows for vote in row["annotator_targets"] for name in vote}
+    check_group_names(groups, "hatexplain", names, built_in_names("hatexplain"))
+    for row in rows:
+        row["target_groups"] = groups_of(row, "hatexplain", groups)
+    source.keep("read", rows)
+    rows = [row for row in rows if row["label_multiclass"] != UNDECIDED]
+    source.keep("with a majority label", rows)
+    rows = [row for row in rows if row["split"] in SPLITS]
+    source.keep("in an official split", rows)
+    select(source, rows, args)
+    return source
+
+
+def hub_post(post: Row) -> Row:
+    """Turn a post of the Hub, whose annotators are a struct of lists, into the file's form."""
+    votes, known = post["annotators"], range(len(HATEXPLAIN_HUB_CLASSES))
+    if not isinstance(votes, dict) or not {"label", "target"} <= votes.keys():
+        return post
+    labels = [HATEXPLAIN_HUB_CLASSES[vote] if vote in known else vote for vote in votes["label"]]
+    pairs = zip(labels, votes["target"], strict=False)
+    return post | {"annotators": [{"label": label, "target": target} for label, target in pairs]}
+
+
+def read_splits(path: str) -> dict[str, str]:
+    """Map post ids to splits; the official file calls validation `val`."""
+    lists = parse_json(read_text(path), path)
+    names = {"train": "train", "val": "validation", "test": "test"}
+    valid = isinstance(lists, dict) and all(is_strings(ids) for ids in lists.values())
+    if not valid or lists.keys() != names.keys():
+        fail(f"{path} must hold three lists of post ids: train, val and test.")
+    splits: dict[str, str] = {}
+    for name, ids in lists.items():
+        twice = [post_id for post_id in ids if post_id in splits]
+        if twice:
+            fail(f"{path} has {len(twice)} posts in two splits, for example {twice[0]}.")
+        splits |= dict.fromkeys(ids, names[name])
+    return splits
+
+
+def parse_post(
+    post_id: str, post: Any, split: str | None, origin: str, target_rule: str, unknown: Unknown
+) -> Row:
+    """Check one post of HateXplain and turn it into a row; `targets` are those that count."""
+    votes = post.get("annotators") if isinstance(post, dict) else None
+    valid = (
+        isinstance(votes, list)
+        and all(isinstance(vote, dict) and "label" in vote for vote in votes)
+        and all(is_strings(vote.get("target")) for vote in votes)
+        and is_strings(post.get("post_tokens"))
+        and isinstance(post.get("rationales"), list)
+        and all(isinstance(mask, list) for mask in post["rationales"])
+    )
+    if not valid:
+        found = ", ".join(post) if isinstance(post, dict) else type(post).__name__
+        fail(
+            f"the post {post_id} of {origin} is not in HateXplain's format. It needs annotators "
+            f"(a list of label and target), rationales and post_tokens; it has: {found}."
+        )
+    labels = [vote["label"] for vote in votes]
+    for label in labels:
+        unknown.see("label", label, label in HATEXPLAIN_HUB_CLASSES)
+    targets = [vote["target"] for vote in votes]
+    # The words that any annotator marked; posts that most called normal have no marks.
+    marked = zip(post["post_tokens"], *post["rationales"], strict=False)
+    return EMPTY_ROW | {
+        "id": post_id,
+        "text": clean(" ".join(post["post_tokens"])),
+        "label_multiclass": majority(labels) or UNDECIDED,
+        "persona": top_target(targets) or "",
+        "source": "hatexplain",
+        "rationale": clean(" ".join(token for token, *marks in marked if any(marks))),
+        "annotator_labels": labels,
+        "annotator_targets": targets,
+        "targets": named_targets(targets, target_rule),
+        "official_split": split,
+        "split": split or UNSPLIT,
+    }
+
+
+def majority(labels: list[str]) -> str | None:
+    """The label of more than half of the annotators."""
+    label, votes = Counter(labels).most_common(1)[0] if labels else (None, 0)
+    return label if 2 * votes > len(labels) else None
+
+
+def top_target(targets: list[list[str]]) -> str | None:
+    """The target named most often, "None" left out; of a tie, the one named first."""
+    named = Counter(name for vote in targets for name in vote if name != "None")
+    return named.most_common(1)[0][0] if named else None
+
+
+def named_targets(targets: list[list[str]], rule: str) -> list[str]:
+    """The targets of a post by TARGET_RULES; `targets` are the lists of its annotators."""
+    if rule == "top":
+        return [top] if (top := top_target(targets)) else []
+    votes = Counter(name for vote in targets for name in dict.fromkeys(vote) if name != "None")
+    needed = len(targets) / 2 if rule == "majority" else 0
+    return [name for name, number in votes.items() if number > needed]
+
+
+def read_toxigen(args: argparse.Namespace, groups: dict[str, Any]) -> Source | None:
+    """Read the statements about a group, with the class that --toxigen_label chooses.
+
+    Rows stream through: of the others, which may be 200,000, nothing but their count is kept.
+    """
+    if args.toxigen == "none":
+        return None
+    source = Source("toxigen", **SOURCES["toxigen"])
+    config = args.toxigen_config
+    judged = args.toxigen_label == "human"
+    hint = "--toxigen_config and --toxigen_label choose the columns of ToxiGen."
+    columns = (*TOXIGEN_COLUMNS[config][:2], *(TOXICITY if judged else TOXIGEN_COLUMNS[config][2:]))
+    if is_local_file(args.toxigen):
+        source.set_file(args.toxigen)
+        records = read_csv(args.toxigen, columns, hint)
+    else:
+        paths = source.open_hub(args.toxigen, "--toxigen", f"{config}/*.parquet")
+        records = itertools.chain.from_iterable(
+            read_parquet(file, path, columns, TOXICITY, hint) for path, file in paths.items()
+        )
+    names, rows, tally, unknown = set(), [], Tally(), Unknown()
+    for number, record in progress(enumerate(records), "ToxiGen"):
+        row = parse_statement(number, record, args, f"row {number} of {source.origin}", unknown)
+        names.add(row["persona"])
+        row["target_groups"] = groups_of(row, "toxigen", groups)
+        tally.add(row)
+        if row["target_groups"] or args.other_posts == "keep":
+            row["text"] = clean(row["text"])
+            rows.append(row)
+    unknown.check(source.origin, {columns[-1]: [*PROMPT_CLASSES]})
+    check_group_names(groups, "toxigen", names, built_in_names("toxigen"))
+    source.steps.append({"step": "read", **tally.as_step()})
+    select(source, rows, args)
+    return source
+
+
+def parse_statement(
+    number: int, record: Row, args: argparse.Namespace, origin: str, unknown: Unknown
+) -> Row:
+    """Check one row of ToxiGen and turn it into a row of this project, its text not yet clean."""
+    text_column, group_column, class_column = TOXIGEN_COLUMNS[args.toxigen_config]
+    scores = {column: toxicity(record.get(column), origin) for column in TOXICITY}
+    if args.toxigen_label == "human":
+        verdict = judged_class(list(scores.values()), origin)
+    else:
+        verdict = PROMPT_CLASSES.get(str(record[class_column]), "")
+        unknown.see(class_column, record[class_column], bool(verdict))
+    persona = record[group_column] or ""
+    return EMPTY_ROW | {
+        "id": f"toxigen_{number}",
+        "text": decode_text(record[text_column] or "", origin),
+        "label_multiclass": verdict,
+        "persona": persona,
+        "source": "toxigen",
+        "targets": [persona],
+        "split": UNSPLIT,
+        **scores,
+    }
+
+
+def decode_text(text: str, origin: str) -> str:
+    """Decode the bytes literal, b'...', that ToxiGen's annotated file holds for each text."""
+    if len(text) < 3 or text[0] != "b" or text[1] not in "'\"" or text[-1] != text[1]:
+        return text
+    try:
+        return ast.literal_eval(text).decode("utf-8")
+    except (ValueError, SyntaxError) as error:
+        fail(f"{origin} holds a bytes literal that cannot be decoded: {error}")
+
+
+def toxicity(value: Any, origin: str) -> float | None:
+    """Read a human score of 1 to 5; None where there is none."""
+    try:
+        score = math.nan if value in (None, "") else float(value)
+    except ValueError:
+        fail(f"{origin} has a toxicity of {value!r}; it must be a number.")
+    return score if math.isfinite(score) else None
+
+
+def judged_class(scores: list[float | None], origin: str) -> str:
+    """The class by human judgement."""
+    found = [score for score in scores if score is not None]
+    if len(found) < len(scores):
+        fail(f"{origin} has no {' or no '.join(TOXICITY)}: no human judgement.")
+    return "hate" if sum(found) > TOXIC_ABOVE else "normal"
+
+
+# --- rules -----------------------------------------------------------------------------------
+
+
+def select(source: Source, rows: list[Row], args: argparse.Namespace) -> None:
+    """Keep the rows about one of the groups, and give them their label."""
+    if args.other_posts == "drop":
+        rows = [row for row in rows if row["target_groups"]]
+        source.keep("about a group", rows)
+    offensive = "offensive" if args.offensive_as == "keep" else args.offensive_as
+    labels = CLASS_LABELS | {"offensive": offensive}
+    for row in rows:
+        row["label"] = labels[row["label_multiclass"]]
+    if args.offensive_as == "drop":
+        rows = [row for row in rows if row["label"] != "drop"]
+        source.keep("not offensive", rows)
+    source.rows = rows
+
+
+def unify(build: Build, args: argparse.Namespace) -> None:
+    """Join the sources, drop what is in them twice, split, cap and balance."""
+    # Of posts with one text the official test set keeps its own; ToxiGen yields to HateXplain.
+    order = ("test", "validation", "train", UNSPLIT)
+    for source in build.sources:
+        source.rows.sort(key=lambda row: order.index(row["split"]))
+    drop_repeats(build, args.near_duplicates)
+    for source in build.sources:
+        if source.name == "toxigen":
+            assign_splits(source.rows, args.seed, {"test": 20, "validation": 10})
+            source.keep("split by group and label", source.rows)
+    rows = [row for source in build.sources for row in source.rows]
+    if args.max_per_cell:
+        build.keep(f"at most {args.max_per_cell} a cell", cap(rows, args.max_per_cell, args.seed))
+    if args.balance != "none":
+        rows = [row for source in build.sources for row in source.rows]
+        build.keep(f"balanced by {args.balance}", balance(rows, args.balance.split(","), args.seed))
+
+
+def cap(rows: list[Row], most: int, seed: int) -> list[Row]:
+    """Draw at most `most` rows of every source x split x label x group."""
+    filled: Counter[tuple[str, ...]] = Counter()
+    kept = []
+    for row in sorted(rows, key=lambda row: rank(row, f"{seed} cap")):
+        cells = [
+            (row["source"], row["split"], row["label"], group)
+            for group in row["target_groups"] or [NO_TARGET]
+        ]
+        if all(filled[cell] < most for cell in cells):
+            filled.update(cells)
+            kept.append(row)
+    return kept
+
+
+def balance(rows: list[Row], keys: list[str], seed: int) -> list[Row]:
+    """In each split, draw from every combination of the keys as many rows as the smallest has.
+
+    A post with several groups counts for the one that is rarest in its split.
+    """
+    kept = []
+    for split in SPLITS:
+        members = [row for row in rows if row["split"] == split]
+        sizes = Counter(group for row in members for group in row["target_groups"] or [NO_TARGET])
+        cells: dict[tuple[str, ...], list[Row]] = defaultdict(list)
+        for row in members:
+            group = min(row["target_groups"] or [NO_TARGET], key=lambda name: (sizes[name], name))
+            values = {"source": row["source"], "label": row["label"], "group": group}
+            cells[tuple(values[key] for key in keys)].append(row)
+        found = [sorted({cell[place] for cell in cells}) for place in range(len(keys))]
+        empty = [" ".join(cell) for cell in itertools.product(*found) if cell not in cells]
+        if empty:
+            fail(f"--balance {','.join(keys)}: {split} has no rows of {', '.join(empty)}.")
+        size = min(map(len, cells.values()), default=0)
+        for cell in cells.values():
+            kept += sorted(cell, key=lambda row: rank(row, f"{seed} balance"))[:size]
+    return kept
+
+
+# --- rows on their way to the repo, the same text in every builder ---------------------------
+
+Row = dict[str, Any]
+SPLITS = ("train", "validation", "test")
+NO_TARGET = "no_target"
+UNSPLIT = "no split"
+# What a row holds where its source says nothing; `key`, `targets` and `split` are not published.
+EMPTY_ROW: Row = {
+    "label_multiclass": "",
+    "target_groups": [],
+    "persona": "",
+    "source": "",
+    "rationale": "",
+    "annotator_labels": [],
+    "annotator_targets": [],
+    "toxicity_human": None,
+    "toxicity_ai": None,
+    "official_split": None,
+}
+# Canned sets: how many posts, and of which lengths in characters (from, below) and shares.
+ANY_LENGTH = {(0, math.inf): 1.0}
+CANNED: dict[str, tuple[int, dict[tuple[float, float], float]]] = {
+    "canned_50_quick": (50, ANY_LENGTH),
+    "canned_100_stratified": (100, ANY_LENGTH),
+    "canned_100_size_varied": (100, {(0, 50): 0.3, (50, 151): 0.5, (151, math.inf): 0.2}),
+}
+SHINGLE = 5  # characters
+PERMUTATIONS, BANDS = 128, 32
+# Figures that another machine may round otherwise, and what says nothing about the rows: a build
+# that differs in nothing else is not committed.
+UNESSENTIAL = ("created", "script_sha256", "packages", "arguments", "audit")
+
+
+@dataclass
+class Tally:
+    """How many rows there are; by split and group, how many of each class."""
+
+    rows: int = 0
+    counts: dict[str, Any] = field(default_factory=dict)
+
+    def add(self, row: Row) -> None:
+        self.rows += 1
+        cells = self.counts.setdefault(row["split"], {})
+        for group in row["target_groups"] or [NO_TARGET]:
+            cells.setdefault(group, Counter())[row["label_multiclass"]] += 1
+
+    def as_step(self) -> dict[str, Any]:
+        return {"rows": self.rows, "counts": self.counts}
+
+
+class Unknown:
+    """Values outside a mapping, counted by column while reading and reported together."""
+
+    def __init__(self) -> None:
+        self.counts: dict[str, Counter[str]] = defaultdict(Counter)
+
+    def see(self, column: str, value: Any, known: bool) -> None:
+        if not known:
+            self.counts[column][repr(value)] += 1
+
+    def check(self, origin: str, known: dict[str, Iterable[str]]) -> None:
+        """End where there was one; `known` are the values of each column that the mapping has."""
+        for column, counts in self.counts.items():
+            shown = ", ".join(f"{value[:80]} ({n})" for value, n in counts.most_common(5))
+            fail(
+                f"{origin} has {counts.total()} values of {column} outside the mapping: {shown}. "
+                f"The mapping has: {', '.join(known[column])}."
+            )
+
+
+@dataclass
+class Source:
+    """One source: where it comes from, its rows, and how many of them each step left."""
+
+    name: str
+    title: str
+    licence: str  # ids of the Hub's list, separated by commas
+    notice: str
+    classes: list[str]
+    repo: str = ""
+    revision: str = "main"
+    origin: str = ""
+    hub: Repo | None = None
+    sha256: str | None = None
+    rows: list[Row] = field(default_factory=list)
+    steps: list[dict[str, Any]] = field(default_factory=list)
+
+    def keep(self, step: str, rows: list[Row]) -> None:
+        """Go on with these rows, and count them: a step of the funnel."""
+        tally = Tally()
+        for row in rows:
+            tally.add(row)
+        self.steps.append({"step": step, **tally.as_step()})
+        self.rows = rows
+
+    def set_file(self, *paths: str) -> None:
+        """Note the files' names and the sha256 of their uncompressed bytes."""
+        self.origin = ", ".join(Path(path).name for path in paths)
+        digest = hashlib.sha256()
+        for path in paths:
+            with file_errors(path), open_bytes(path) as stream:
+                while portion := stream.read(1 << 20):
+                    digest.update(portion)
+        self.sha256 = digest.hexdigest()
+
+    def open_hub(self, argument: str, flag: str, pattern: str) -> dict[str, Path]:
+        """Download the files that match the pattern at one commit; return them by their path."""
+        from huggingface_hub import HfApi, snapshot_download
+
+        name, _, revision = argument.partition("@")
+        action = f"read {argument} (a downloaded file does too: {flag} ./FILE)"
+        with hub_errors(action):
+            sha = (
+                HfApi().repo_info(name, repo_type="dataset", revision=revision or self.revision).sha
+            )
+            folder = Path(
+                snapshot_download(name, repo_type="dataset", revision=sha, allow_patterns=[pattern])
+            )
+        self.origin, self.hub = name, Repo(name, "dataset", sha)
+        files = {
+            file.relative_to(folder).as_posix(): file
+            for file in sorted(folder.rglob("*"))
+            if fnmatch.fnmatch(file.relative_to(folder).as_posix(), pattern)
+        }
+        if not files:
+            with hub_errors(action):
+                there = HfApi().list_repo_files(name, repo_type="dataset", revision=sha)
+            if any(path.endswith(".py") for path in there):
+                fail(
+                    f"cannot {action}: {name} holds a loading script, which `datasets` no longer "
+                    f"runs, and no {pattern}. Its parquet branch, if there is one: "
+                    f"{flag} {name}@refs/convert/parquet."
+                )
+            fail(
+                f"cannot {action}: it holds no {pattern}, but {', '.join(there[:5]) or 'nothing'}."
+            )
+        return files
+
+    def as_record(self) -> dict[str, Any]:
+        return {
+            "name": self.name,
+            "title": self.title,
+            "id_or_file": self.origin,
+            "revision": self.hub.revision if self.hub else None,
+            "licence": self.licence,
+            "sha256": self.sha256,
+            "notice": self.notice,
+            "classes": self.classes,
+            "steps": self.steps,
+        }
+
+
+@dataclass
+class Build:
+    """A dataset on its way to its repo."""
+
+    title: str
+    labels: list[str]
+    positive: str
+    groups: dict[str, dict[str, Any]]
+    sources: list[Source]
+    rules: dict[str, Any]
+    label_descriptions: dict[str, str]
+    language: list[str]
+    allow_empty_cells: bool = True
+    forgotten: dict[str, list[str]] = field(default_factory=lambda: {"ids": []})
+    splits: tuple[str, ...] = SPLITS
+    columns: dict[str, Any] = field(default_factory=dict)  # further ones of `unified`, and types
+    prompts: dict[str, dict[str, Any]] = field(default_factory=dict)
+    members: dict[str, list[Row]] = field(default_factory=dict)  # of splits and canned sets
+    repeats: dict[str, int] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
+
+    @property
+    def rows(self) -> list[Row]:
+        return [row for source in self.sources for row in source.rows]
+
+    def keep(self, step: str, rows: list[Row]) -> None:
+        """Go on with these rows of all sources; each source gets a step of its funnel."""
+        by_source: dict[str, list[Row]] = {source.name: [] for source in self.sources}
+        for row in rows:
+            by_source[row["source"]].append(row)
+        for source in self.sources:
+            source.keep(step, by_source[source.name])
+
+    def arrange(self, seed: int) -> None:
+        """Set `members`, each mixed: the first n of a split are a fair sample of it."""
+        for split in self.splits:
+            rows = [row for row in self.rows if row["split"] == split]
+            self.members[split] = sorted(rows, key=lambda row: rank(row, f"{seed} order"))
+        self.members |= canned_sets(self.members.get("validation", []), seed)
+
+
+def add_split_flags(parser: Parser) -> None:
+    """The flags of a builder that makes splits."""
+    flag = parser.add_argument_group("duplicates and splits").add_argument
+    flag(
+        "--near_duplicates",
+        type=jaccard_threshold,
+        default=0.8,
+        help="Jaccard similarity of their 5-character pieces from which two posts count as one, "
+        "or none",
+    )
+    flag("--forget", help="file of post ids, one a line, to leave out of this and later builds")
+
+
+def add_build_flags(parser: Parser, name: str) -> None:
+    """The flags that every builder has; `name` is the repo's default name."""
+    flag = parser.add_argument_group("common").add_argument
+    flag("--seed", type=int, default=42, help="of splits, draws, canned sets and the order")
+    flag("--prompt_template", help='JSON {"strategies": {NAME: {"user_template": TEXT, ...}}}')
+    flag = parser.add_argument_group("target").add_argument
+    flag("--dataset_repo", help=f"Hub id or folder ({{you}}/{name})")
+    flag("--output_dir", help="folder for the same files; alone, nothing is pushed")
+    flag("--allow_public", type=boolean, nargs="?", const=True, default=False)
+    flag("--config_file", help="JSON or YAML file of these flags")
+
+
+def jaccard_threshold(text: str) -> float | None:
+    """Read a similarity of 0.7 to 1, or none; below, the index would miss pairs."""
+    if text == "none":
+        return None
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0.7 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither none nor between 0.7 and 1")
+    return value
+
+
+def check_build_flags(args: argparse.Namespace) -> None:
+    """Refuse common files that are not there; make their paths absolute."""
+    for name in ("groups", "prompt_template", "forget"):
+        if vars(args).get(name):
+            setattr(args, name, existing_file(name, vars(args)[name]))
+
+
+def existing_file(flag: str, value: str) -> str:
+    file = Path(value).expanduser().resolve()
+    if not file.is_file():
+        fail(f"--{flag} {value} does not exist or is no file.")
+    return str(file)
+
+
+def common_rules(args: argparse.Namespace) -> dict[str, Any]:
+    """The record of what every builder does."""
+    return {
+        "text": f"ftfy {version('ftfy')}: encoding and entities only; placeholders stay",
+        "seed": args.seed,
+    }
+
+
+def split_rules(args: argparse.Namespace) -> dict[str, Any]:
+    """The record of what every builder that makes splits does."""
+    threshold = args.near_duplicates
+    pieces = f"Jaccard similarity of {SHINGLE}-character pieces >= {threshold}"
+    return {
+        "same text": "letters and digits alone, case and width folded",
+        "one label": "a text that has two labels is left out with all its copies",
+        "repeats": "the first of test, validation, train, no split is kept; the sources in order",
+        "near_duplicates": pieces if threshold else None,
+    }
+
+
+# --- reading ---------------------------------------------------------------------------------
+
+
+def is_local_file(argument: str) -> bool:
+    """Say whether a source is a file, by its form: what exists here never shadows a Hub id."""
+    endings = (".json", ".jsonl", ".csv", ".parquet", ".gz")
+    return is_folder(argument) or argument.endswith(endings)
+
+
+def open_bytes(path: str | Path) -> Any:
+    """Open a file, plain or gzipped, for its uncompressed bytes."""
+    stream = open(path, "rb")  # noqa: SIM115
+    if stream.peek(2)[:2] != b"\x1f\x8b":
+        return stream
+    return gzip.GzipFile(fileobj=stream)
+
+
+@contextlib.contextmanager
+def file_errors(path: str | Path) -> Iterator[None]:
+    """Turn what a damaged file raises into one message."""
+    try:
+        yield
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
+        fail(
+            f"cannot read {Path(path).name}: {error}. It must be UTF-8 text, plain or gzipped, "
+            "and whole."
+        )
+
+
+def read_text(path: str) -> str:
+    with file_errors(path), open_bytes(path) as stream:
+        return stream.read().decode("utf-8-sig")
+
+
+def parse_json(text: str, path: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        fail(f"{Path(path).name} is no JSON, or is cut off: {error}")
+
+
+def read_csv(path: str | Path, columns: Sequence[str], hint: str = "") -> Iterator[Row]:
+    """Yield the rows of a CSV file; one of another length, as at a cut, is an error."""
+    name = Path(path).name
+    with file_errors(path), io.TextIOWrapper(open_bytes(path), "utf-8-sig", newline="") as text:
+        reader = csv.DictReader(text, strict=True)
+        try:
+            check_columns(columns, reader.fieldnames or [], name, hint)
+            for number, record in enumerate(reader):
+                if None in record or None in record.values():
+                    fail(f"row {number} of {name} has more or fewer fields than the header.")
+                yield record
+        except csv.Error as error:
+            fail(f"{name} line {reader.line_num} is no CSV, or the file is cut off: {error}")
+
+
+def read_parquet(
+    file: Path, name: str, columns: Sequence[str], optional: Sequence[str] = (), hint: str = ""
+) -> Iterator[Row]:
+    """Yield the rows of a parquet file, with these columns and those optional ones it has."""
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        with pyarrow.parquet.ParquetFile(file) as parquet:
+            found = parquet.schema_arrow.names
+            check_columns(columns, found, name, hint)
+            chosen = [column for column in found if column in (*columns, *optional)]
+            for batch in parquet.iter_batches(batch_size=10_000, columns=chosen):
+                yield from batch.to_pylist()
+    except (pyarrow.ArrowException, OSError) as error:
+        fail(f"{name} is damaged, or no parquet file: {error}")
+
+
+def check_columns(needed: Sequence[str], found: Sequence[str], origin: str, hint: str) -> None:
+    missing = [column for column in needed if column not in found]
+    if missing:
+        fail(f"{origin} lacks the columns {', '.join(missing)}. It has: {', '.join(found)}. {hint}")
+
+
+def is_strings(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(item, str) for item in value)
+
+
+def progress(items: Iterable[Any], what: str, total: int | None = None) -> Iterable[Any]:
+    """A bar on a terminal; TQDM_DISABLE=1 and a Job's log have none."""
+    from huggingface_hub.utils import tqdm
+
+    hidden = not sys.stderr.isatty() or os.environ.get("TQDM_DISABLE", "") not in ("", "0")
+    return tqdm(items, desc=what, total=total, unit=" rows", disable=hidden, leave=False)
+
+
+@functools.cache
+def ftfy_config() -> Any:
+    from ftfy import TextFixerConfig
+
+    return TextFixerConfig(
+        unescape_html=True,
+        uncurl_quotes=False,
+        fix_character_width=False,
+        fix_latin_ligatures=False,
+        explain=False,
+    )
+
+
+def clean(text: str) -> str:
+    """Mend a text's encoding and entities; words, signs and placeholders stay as they are."""
+    from ftfy import fix_text
+
+    return fix_text(text, ftfy_config())
+
+
+# --- groups ----------------------------------------------------------------------------------
+
+
+def read_groups(
+    path: str | None, sources: Iterable[str], default: dict[str, dict[str, Any]]
+) -> dict[str, dict[str, Any]]:
+    """Read the mapping of groups to the sources' names for them."""
+    if path is None:
+        return default
+    sources = list(sources)
+    groups = parse_json(read_text(path), path)
+    texts = {"description", "note"}
+    valid = isinstance(groups, dict) and all(
+        isinstance(group, dict)
+        and group.keys() <= {*sources, *texts}
+        and all(is_strings(group.get(source, [])) for source in sources)
+        and all(isinstance(group.get(text, ""), str) for text in texts)
+        for group in groups.values()
+    )
+    if not valid or not groups:
+        example = {"women": {source: ["Women"] for source in sources} | {"description": "..."}}
+        fail(f"--groups {Path(path).name} must hold a mapping such as {json.dumps(example)}.")
+    if reserved := {NO_TARGET, ""} & groups.keys():
+        fail(f"--groups {Path(path).name}: a group cannot be called {min(reserved)!r}.")
+    for group in groups.values():
+        names = [f"{source}: {', '.join(group[source])}" for source in sources if group.get(source)]
+        group.setdefault("description", "; ".join(names))
+    return groups
+
+
+def groups_of(row: Row, source: str, groups: dict[str, dict[str, Any]]) -> list[str]:
+    """The groups that one of the row's targets belongs to."""
+    targets = set(row["targets"])
+    return [name for name, group in groups.items() if targets & set(group.get(source, []))]
+
+
+def check_group_names(
+    groups: dict[str, dict[str, Any]], source: str, names: set[str], built_in: Iterable[str] = ()
+) -> None:
+    """End on a name that the source does not have; those built into the script may be absent."""
+    asked = {name for group in groups.values() for name in group.get(source, [])}
+    if unknown := asked - names - {*built_in}:
+        fail(
+            f"--groups names {', '.join(sorted(unknown))} for {source}, which has: "
+            f"{', '.join(sorted(name for name in names if name))}."
+        )
+
+
+# --- one post, one split ---------------------------------------------------------------------
+
+
+def normalise(text: str) -> str:
+    """The form in which two texts count as the same: letters and digits, case and width folded."""
+    folded = unicodedata.normalize("NFKC", text).casefold()
+    # A text of signs alone is compared by its signs.
+    return " ".join(re.findall(r"\w+", folded)) or " ".join(folded.split())
+
+
+def rank(row: Row, salt: str) -> bytes:
+    """A pseudo-random place that depends on the text alone: a new post moves no other post."""
+    return hashlib.blake2b(f"{salt}\0{row['key']}".encode(), digest_size=8).digest()
+
+
+def drop_empty(build: Build) -> None:
+    """Give every row its `key`, and drop those without a text."""
+    for row in build.rows:
+        row["key"] = normalise(row["text"])
+    build.keep("text not empty", [row for row in build.rows if row["key"]])
+
+
+def drop_repeats(build: Build, threshold: float | None) -> None:
+    """Keep one post of each text, and none that has two labels or is to be forgotten.
+
+    The rows of a source come in their order of precedence. Forgotten posts come first of all, so
+    that their copies go with them.
+    """
+    drop_empty(build)
+    forgotten = set(build.forgotten["ids"])
+    labels: dict[str, set[str]] = defaultdict(set)
+    for row in build.rows:
+        if row["id"] not in forgotten:
+            labels[row["key"]].add(row["label"])
+    conflicts = {key for key, found in labels.items() if len(found) > 1}
+    rows = [row for row in build.rows if row["key"] not in conflicts or row["id"] in forgotten]
+    build.keep("one label per text", rows)
+
+    counts: Counter[str] = Counter(texts_with_two_labels=len(conflicts))
+    for kind in ("same_text", "near"):
+        for what in ("", "_in_another_split", "_with_another_label"):
+            counts[f"{kind}{what}"] = 0
+    kept: list[Row] = []
+    first_only: list[Row] = []
+    rows = sorted(build.rows, key=lambda row: row["id"] not in forgotten)
+    for row, earlier in find_repeats(rows, threshold):
+        kind = "near" if earlier is None or row["key"] != earlier["key"] else "same_text"
+        if earlier is None:
+            kept.append(row)
+        else:
+            counts[kind] += 1
+            counts[f"{kind}_in_another_split"] += row["split"] != earlier["split"]
+            counts[f"{kind}_with_another_label"] += row["label"] != earlier["label"]
+            counts["copies_of_forgotten_posts"] += earlier["id"] in forgotten
+        if kind == "near":
+            first_only.append(row)
+    build.repeats = dict(counts)
+    build.keep("the first of each text", first_only)
+    if threshold:
+        build.keep("no near-duplicate", kept)
+    if forgotten:
+        build.keep("not forgotten", [row for row in kept if row["id"] not in forgotten])
+
+
+def find_repeats(rows: Iterable[Row], threshold: float | None) -> Iterator[tuple[Row, Row | None]]:
+    """Yield each row with the kept earlier row that it repeats, or None.
+
+    MinHash with 32 bands of 4 values proposes pairs: one of Jaccard similarity s is missed with
+    probability (1 - s^4)^32, 5e-8 at 0.8 and 2e-4 at 0.7. Every proposal is then computed exactly.
+    """
+    from rensa import RMinHash, RMinHashLSH
+
+    index = RMinHashLSH(threshold=threshold or 1.0, num_perm=PERMUTATIONS, num_bands=BANDS)
+    first: dict[str, Row] = {}
+    kept: list[Row] = []
+    for row in progress(rows, "duplicates"):
+        earlier = first.get(row["key"])
+        if earlier is None and threshold:
+            pieces = shingles(row["key"])
+            sketch = RMinHash(num_perm=PERMUTATIONS, seed=1)
+            sketch.update(list(pieces))
+            for place in sorted(index.query(sketch)):
+                other = shingles(kept[place]["key"])
+                if len(pieces & other) >= threshold * len(pieces | other):
+                    earlier = kept[place]
+                    break
+            else:
+                index.insert(len(kept), sketch)
+        if earlier is None:
+            first[row["key"]] = row
+            kept.append(row)
+        yield row, earlier
+
+
+def shingles(key: str) -> set[str]:
+    """The pieces of SHINGLE characters of a normalised text; a shorter text is its own piece."""
+    return {key[place : place + SHINGLE] for place in range(max(len(key) - SHINGLE + 1, 1))}
+
+
+def assign_splits(rows: list[Row], seed: int, shares: dict[str, int]) -> None:
+    """Set `split`: of each group x label the shares, in percent, by rank; the rest is train."""
+    cells: dict[str, list[Row]] = defaultdict(list)
+    for row in rows:
+        cells[f"{' '.join(row['target_groups'])} {row['label']}"].append(row)
+    for cell, members in cells.items():
+        members.sort(key=lambda row: rank(row, f"{seed} {cell}"))
+        splits = [
+            name for name, share in shares.items() for _ in range(len(members) * share // 100)
+        ]
+        for place, row in enumerate(members):
+            row["split"] = splits[place] if place < len(splits) else "train"
+
+
+def canned_sets(rows: list[Row], seed: int) -> dict[str, list[Row]]:
+    """Small samples of validation posts, stratified by group x label; CANNED says which."""
+    sets = {}
+    for name, (size, bands) in CANNED.items():
+        chosen = []
+        for (low, high), share in bands.items():
+            band = [row for row in rows if low <= len(row["text"]) < high]
+            chosen += stratified(band, round(size * share), f"{seed} {name}")
+        sets[name] = sorted(chosen, key=lambda row: rank(row, name))
+    return {name: members for name, members in sets.items() if members}
+
+
+def stratified(rows: list[Row], size: int, salt: str) -> list[Row]:
+    """Draw from every group x label in proportion, but one at least where there is room."""
+    cells: dict[str, list[Row]] = defaultdict(list)
+    for row in sorted(rows, key=lambda row: rank(row, salt)):
+        cells[f"{' '.join(row['target_groups'])} {row['label']}"].append(row)
+    if size >= len(rows):
+        return [row for cell in cells.values() for row in cell]
+    shares = {cell: size * len(members) / len(rows) for cell, members in cells.items()}
+    counts = {cell: max(int(share), 1) for cell, share in shares.items()}
+    # The largest remainders get what is left; what is too much comes off the largest cells.
+    by_remainder = sorted(shares, key=lambda cell: (int(shares[cell]) - shares[cell], cell))
+    for cell in by_remainder:
+        if sum(counts.values()) < size and counts[cell] < len(cells[cell]) and shares[cell] >= 1:
+            counts[cell] += 1
+    while sum(counts.values()) > size:
+        counts[max(counts, key=lambda cell: (counts[cell], cell))] -= 1
+    return [row for cell, members in cells.items() for row in members[: counts[cell]]]
+
+
+def check_rows(build: Build) -> None:
+    """End on data that nobody should train on or judge by."""
+    rows, places = build.rows, defaultdict(set)
+    for row in rows:
+        places[row["key"]].add(row["split"])
+        try:
+            "".join([row["id"], row["persona"], row["text"]]).encode()
+        except UnicodeEncodeError as error:
+            fail(f"the post {row['id']!r} is no valid Unicode: {error}")
+    leaks = [key for key, found in places.items() if len(found) > 1]
+    if leaks:
+        fail(f"{len(leaks)} texts stand in two splits, for example {leaks[0]!r}.")
+    ids = Counter(row["id"] for row in rows)
+    if len(ids) < len(rows):
+        fail(f"the sources hold two rows of one id, for example {ids.most_common(1)[0][0]}.")
+    for split in build.splits:
+        if not any(row["split"] == split for row in rows):
+            fail(f"no row of the split {split} is left by the rules; the sources are too small.")
+    gaps: list[str] = []
+    cells = Counter((g, row["label"], row["split"]) for row in rows for g in row["target_groups"])
+    for group in build.groups:
+        if not any(group in row["target_groups"] for row in rows):
+            fail(f"the group {group} has no rows. Leave it out, or give a source that has it.")
+        for label in build.labels:
+            empty = [split for split in build.splits if not cells[group, label, split]]
+            if len(empty) == len(build.splits) and not build.allow_empty_cells:
+                fail(
+                    f"no {label} post about {group} is left by the rules: no error rate of it "
+                    "could be measured. Change the rules, or say --allow_empty_cells true."
+                )
+            if empty:
+                gaps.append(f"{group} {label} ({', '.join(empty)})")
+    if gaps:
+        build.warnings.append(f"no posts in these cells: {'; '.join(gaps)}")
+
+
+# --- prompts ---------------------------------------------------------------------------------
+
 # Answers of strategies that ask for a rationale, where the source marks no words.
 RATIONALES = {
     "normal": "It does not attack people because of a group they belong to.",
+    "offensive": "It is rude or demeaning, but no attack on people because of their group.",
     "hate": "It attacks people because of a group they belong to.",
 }
+# Said beside a label that the question itself does not explain.
+LABEL_NOTES = {"offensive": "rude or demeaning, but no such attack"}
 EXAMPLES = (
     ("newcomers are a plague, drive them out", "hate", "a plague, drive them out"),
     ("this bus company is run by clowns", "normal", "Rude, but about a company."),
     ("he said women can't think, so i left", "normal", "Quotes an insult to object to it."),
 )
 RATIONALE_ANSWER = json.dumps({"label": "{label}", "rationale": "{rationale}"})
+# The answer of a strategy of --prompt_template that brings none.
+TEMPLATE_ANSWER = json.dumps({"classification": "{label}", "rationale": "{rationale}"})
 # Also the strategy of a local training file of posts, which brings no prompt of its own.
 INSTRUCTION = {
     "description": "instruction, post and classification under headings; needs no chat template",
@@ -174,653 +1287,507 @@ PROMPTS = {
     "instruction": INSTRUCTION,
 }
 
-Row = dict[str, Any]
 
+def read_prompt_template(path: str | None) -> dict[str, dict[str, Any]]:
+    """Read further strategies, {"strategies": {NAME: {"user_template": TEXT, ...}}}.
 
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """The flags; nothing is read yet."""
-    parser = Parser(prog=SCRIPT, description=__doc__)
-    flag = parser.add_argument_group("sources").add_argument
-    hub = {name: source["repo"] for name, source in SOURCES.items()}
-    flag("--hatexplain", default=hub["hatexplain"], help="Hub id[@revision] or dataset.json[.gz]")
-    flag("--hatexplain_splits", help="post_id_divisions.json[.gz], with a local --hatexplain")
-    flag("--toxigen", default=hub["toxigen"], help="Hub id[@revision] or annotated_train.csv[.gz]")
-    flag(
-        "--toxigen_config",
-        choices=list(TOXIGEN_COLUMNS),
-        help="annotated: judged by people; train: 250,951 rows; by default annotated for a file, "
-        "for the Hub the one that has --toxigen_label",
-    )
-    flag = parser.add_argument_group("rules").add_argument
-    flag(
-        "--toxigen_label",
-        choices=["prompt", "human"],
-        default="prompt",
-        help=f"prompt: what the text was made for; human: {' + '.join(TOXICITY)} > {TOXIC_ABOVE}",
-    )
-    flag("--offensive_as", choices=[*LABELS, "drop"], default="normal", help="HateXplain's class")
-    flag("--groups", help='JSON {GROUP: {"hatexplain": [NAME], "toxigen": [NAME], "note": TEXT}}')
-    flag(
-        "--balance",
-        choices=["none", "source_label"],
-        default="none",
-        help="source_label: each source x label gets the rows of its split's smallest one",
-    )
-    flag("--seed", type=int, default=42, help="of the ToxiGen split, the balance and the order")
-    flag = parser.add_argument_group("target").add_argument
-    flag("--dataset_repo", help="Hub id or folder ({you}/hsd-data)")
-    flag("--allow_public", type=boolean, nargs="?", const=True, default=False)
-    flag("--config_file", help="JSON or YAML file of these flags")
-    return resolve_arguments(parser, argv)
-
-
-def main(argv: list[str] | None = None) -> None:
-    args = parse_args(argv)
-    check_arguments(args)
-    groups = read_groups(args.groups)
-    sources = [read_hatexplain(args), read_toxigen(args)]
-    rows = unify(args, groups, *sources)
-    check_rows(rows, groups)
-    args.dataset_repo = prepare_target(args.dataset_repo, args.allow_public)
-    contract = describe_dataset(args, groups, sources, rows)
-    print(funnel_table(contract), flush=True)
-    files = build_files(contract, rows)
-    publish(args.dataset_repo, files)
-
-
-# --- arguments and target --------------------------------------------------------------------
-
-
-def check_arguments(args: argparse.Namespace) -> None:
-    """Refuse flags that do not fit together and files that are not there; make paths absolute."""
-    for name in ("hatexplain", "hatexplain_splits", "toxigen", "groups"):
-        value = vars(args)[name]
-        if value and (name in ("hatexplain_splits", "groups") or is_local_file(value)):
-            file = Path(value).expanduser().resolve()
-            if not file.is_file():
-                fail(f"--{name} {value} does not exist or is no file.")
-            setattr(args, name, str(file))
-    if is_local_file(args.hatexplain) and not args.hatexplain_splits:
-        fail("a local --hatexplain needs --hatexplain_splits, the official post_id_divisions.json.")
-    if args.hatexplain_splits and not is_local_file(args.hatexplain):
-        fail("--hatexplain_splits goes with a local --hatexplain; the Hub repo brings its splits.")
-    if args.toxigen_label == "human" and args.toxigen_config == "train":
-        fail("ToxiGen's train config has no human judgement. Use --toxigen_config annotated.")
-    if args.toxigen_config is None:
-        from_hub = not is_local_file(args.toxigen)
-        # The Hub's annotated rows have lost the prompt's class; only the original file has it.
-        prompt = from_hub and args.toxigen_label == "prompt"
-        args.toxigen_config = "train" if prompt else "annotated"
-
-
-def is_local_file(argument: str) -> bool:
-    """Say whether a source is a file, by its form: what exists here never shadows a Hub id."""
-    return is_folder(argument) or argument.endswith((".json", ".csv", ".gz"))
-
-
-def read_groups(path: str | None) -> dict[str, dict[str, Any]]:
-    """Read the mapping of groups to the sources' names for them; without a file it is GROUPS."""
-    if path is None:
-        return GROUPS
-    groups = parse_json(read_text(path)[0], path)
-    valid = isinstance(groups, dict) and all(
-        isinstance(group, dict)
-        and group.keys() <= {*SOURCES, "note"}
-        and all(is_strings(group.get(source, [])) for source in SOURCES)
-        and isinstance(group.get("note", ""), str)
-        for group in groups.values()
-    )
-    if not valid or not groups:
-        fail(
-            f"--groups {path} must hold a mapping such as "
-            '{"women": {"hatexplain": ["Women"], "toxigen": ["women"], "note": "..."}}.'
-        )
-    return groups
-
-
-def prepare_target(target: str | None, allow_public: bool) -> str:
-    """Prove that the dataset can be written; return its name.
-
-    It comes after the sources are checked: bad data leaves no empty repo behind.
+    `user_template` is a format string of {text} and optionally {target_group}; its doubled braces
+    are single ones. `system_prompt`, `description`, `parameters` and `answer_template` may be
+    absent.
     """
-    if target is None:
-        target = f"{own_namespace()}/hsd-data"
-    if not is_folder(target):
-        prepare_repo(target, "dataset", "dataset", allow_public)
-        return target
-    folder = Path(target).expanduser().resolve()
-    if folder.exists() and not folder.is_dir():
-        fail(f"--dataset_repo {target} is a file; name a folder or a Hub id.")
-    entries = list(folder.iterdir()) if folder.exists() else []
-    strange = [
-        entry.name
-        for entry in entries
-        if entry.name not in (CARD, CONTRACT)
-        and not (entry.is_dir() and all(file.suffix == ".parquet" for file in entry.iterdir()))
-    ]
-    # The folder is replaced as a whole, so it must hold nothing but an earlier build.
-    if strange or (entries and not (folder / CONTRACT).is_file()):
-        names = ", ".join(sorted(strange)[:5]) or "no contract.json"
-        fail(f"--dataset_repo {target} holds other files ({names}); name a new or empty folder.")
-    return str(folder)
+    if path is None:
+        return {}
+    name = Path(path).name
+    content = parse_json(read_text(path), path)
+    strategies = content.get("strategies") if isinstance(content, dict) else None
+    if not isinstance(strategies, dict) or not strategies:
+        fail(f'--prompt_template {name} must hold {{"strategies": {{NAME: ...}}}}.')
+    return {key: read_strategy(key, part, name) for key, part in strategies.items()}
 
 
-# --- sources ---------------------------------------------------------------------------------
-
-
-@dataclass
-class Source:
-    """Rows of one source, and how many of them each step left: the funnel."""
-
-    name: str
-    id_or_file: str
-    rows: list[Row]
-    names: set[str]  # of groups, as the source calls them
-    repo: Repo | None = None
-    sha256: str | None = None
-    steps: list[dict[str, Any]] = field(default_factory=list)
-
-    def keep(self, step: str, rows: list[Row]) -> None:
-        """Go on with these rows; once they have groups, count them by split, group and class."""
-        counts: dict[str, Any] = {}
-        for row in rows:
-            for group in row.get("target_groups", ()):
-                cell = counts.setdefault(row["split"], {}).setdefault(group, Counter())
-                cell[row["label_multiclass"]] += 1
-        self.steps.append({"step": step, "rows": len(rows), "counts": counts})
-        self.rows = rows
-
-
-def read_text(path: str) -> tuple[str, str]:
-    """Return the text of a file, plain or gzipped, and the sha256 of its uncompressed bytes."""
+def read_strategy(key: str, part: Any, origin: str) -> dict[str, Any]:
+    """Turn one strategy of a template file into the form of PROMPTS."""
+    where = f"the strategy {key!r} of {origin}"
+    if not re.fullmatch(r"\w[\w.-]*", key) or key in (*PROMPTS, "unified"):
+        fail(f"{where}: the name must be a word, and none of unified, {', '.join(PROMPTS)}.")
+    texts = ("user_template", "system_prompt", "description", "answer_template")
+    if not isinstance(part, dict) or not all(isinstance(part.get(t, ""), str) for t in texts):
+        fail(f"{where} must be a mapping with the texts {', '.join(texts)}.")
     try:
-        content = Path(path).read_bytes()
-        if content.startswith(b"\x1f\x8b"):
-            content = gzip.decompress(content)
-        return content.decode("utf-8-sig"), hashlib.sha256(content).hexdigest()
-    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
-        fail(f"cannot read {path}: {error}. It must be UTF-8 text, plain or gzipped, and whole.")
-
-
-def parse_json(text: str, path: str) -> Any:
-    try:
-        return json.loads(text)
+        pieces = list(string.Formatter().parse(part.get("user_template", "")))
     except ValueError as error:
-        fail(f"{path} is no JSON, or is cut off: {error}")
-
-
-def read_hatexplain(args: argparse.Namespace) -> Source:
-    """Read the posts that are in an official split and have a majority label."""
-    repo = sha256 = None
-    if is_local_file(args.hatexplain):
-        name = Path(args.hatexplain).name
-        text, sha256 = read_text(args.hatexplain)
-        posts, splits = parse_json(text, name), read_splits(args.hatexplain_splits)
-        if not isinstance(posts, dict):
-            fail(f"{name} must hold a mapping of post ids to posts.")
-    else:
-        repo, tables = read_hub_parquet(
-            "hatexplain", args.hatexplain, "plain_text", HATEXPLAIN_COLUMNS
-        )
-        name, posts, splits = repo.name, {}, {}
-        for path, table in tables.items():
-            posts |= {post["id"]: hub_post(post) for post in table}
-            splits |= {post["id"]: path.split("/")[1] for post in table}
-    rows = [parse_post(key, post, splits.get(key), name) for key, post in posts.items()]
-    names = {target for row in rows for target in row["targets"]}
-    source = Source("hatexplain", name, rows, names, repo, sha256)
-    source.keep("read", rows)
-    decided = [row for row in rows if row["split"] in SPLITS and row["label_multiclass"]]
-    source.keep("in an official split, with a majority label", decided)
-    return source
-
-
-def hub_post(post: Row) -> Row:
-    """Turn a post of the Hub, whose annotators are a struct of lists, into the file's form."""
-    votes, known = post["annotators"], range(len(HATEXPLAIN_HUB_CLASSES))
-    if not isinstance(votes, dict) or not {"label", "target"} <= votes.keys():
-        return post
-    labels = [HATEXPLAIN_HUB_CLASSES[vote] if vote in known else vote for vote in votes["label"]]
-    pairs = zip(labels, votes["target"], strict=False)
-    return post | {"annotators": [{"label": label, "target": target} for label, target in pairs]}
-
-
-def read_splits(path: str) -> dict[str, str]:
-    """Map post ids to splits; the official file calls validation `val`."""
-    lists = parse_json(read_text(path)[0], path)
-    names = {"train": "train", "val": "validation", "test": "test"}
-    valid = isinstance(lists, dict) and all(is_strings(ids) for ids in lists.values())
-    if not valid or lists.keys() != names.keys():
-        fail(f"{path} must hold three lists of post ids: train, val and test.")
-    splits: dict[str, str] = {}
-    for name, ids in lists.items():
-        twice = [post_id for post_id in ids if post_id in splits]
-        if twice:
-            fail(f"{path} has {len(twice)} posts in two splits, for example {twice[0]}.")
-        splits |= dict.fromkeys(ids, names[name])
-    return splits
-
-
-def is_strings(value: Any) -> bool:
-    return isinstance(value, list) and all(isinstance(item, str) for item in value)
-
-
-def parse_post(post_id: str, post: Any, split: str | None, origin: str) -> Row:
-    """Check one post of HateXplain and turn it into a row."""
-    votes = post.get("annotators") if isinstance(post, dict) else None
-    valid = (
-        isinstance(votes, list)
-        and all(isinstance(vote, dict) and "label" in vote for vote in votes)
-        and all(is_strings(vote.get("target")) for vote in votes)
-        and is_strings(post.get("post_tokens"))
-        and isinstance(post.get("rationales"), list)
-        and all(isinstance(mask, list) for mask in post["rationales"])
-    )
-    if not valid:
-        found = ", ".join(post) if isinstance(post, dict) else type(post).__name__
+        fail(f"{where}: user_template is no format string ({error}). Write braces doubled.")
+    fields = [field for _, field, _, _ in pieces if field is not None]
+    if fields.count("text") != 1 or set(fields) - {"text", "target_group"}:
         fail(
-            f"the post {post_id} of {origin} is not in HateXplain's format. It needs annotators "
-            f"(a list of label and target), rationales and post_tokens; it has: {found}."
+            f"{where}: user_template must hold {{text}} once, and nothing else in braces but "
+            f"{{target_group}}; it has: {', '.join(fields) or 'none'}."
         )
-    labels = [vote["label"] for vote in votes]
-    check_class(labels, SOURCES["hatexplain"]["classes"], f"the post {post_id} of {origin}")
-    targets = [target for vote in votes for target in vote["target"]]
-    # The words that any annotator marked; posts that most called normal have no marks.
-    marked = zip(post["post_tokens"], *post["rationales"], strict=False)
-    return {
-        "id": post_id,
-        "text": " ".join(post["post_tokens"]),
-        "label_multiclass": majority(labels),
-        "persona": top_target(targets),
-        "source": "hatexplain",
-        "rationale": " ".join(token for token, *marks in marked if any(marks)),
-        "annotator_labels": labels,
-        "targets": targets,
-        "toxicity_human": None,
-        "toxicity_ai": None,
-        "official_split": split,
-        "split": split,
+    answer = part.get("answer_template") or TEMPLATE_ANSWER
+    if answer.count("{label}") != 1:
+        fail(f"{where}: answer_template must hold {{label}} once.")
+    user = "".join(text + (f"{{{field}}}" if field else "") for text, field, _, _ in pieces)
+    strategy = {
+        "description": part.get("description") or part.get("name") or f"from {origin}",
+        "system": part.get("system_prompt", ""),
+        "user": user,
+        "answer": answer,
     }
+    return strategy | ({"parameters": part["parameters"]} if part.get("parameters") else {})
 
 
-def check_class(found: list[Any], known: Iterable[str], origin: str) -> None:
-    unknown = [label for label in found if label not in known]
-    if unknown:
-        fail(f"{origin} has the label {unknown[0]!r}. The labels are: {', '.join(known)}.")
-
-
-def majority(labels: list[str]) -> str | None:
-    """The label of more than half of the annotators."""
-    label, votes = Counter(labels).most_common(1)[0] if labels else (None, 0)
-    return label if 2 * votes > len(labels) else None
-
-
-def top_target(targets: list[str]) -> str | None:
-    """The target named most often, "None" left out; of a tie, the one named first."""
-    named = Counter(target for target in targets if target != "None")
-    return named.most_common(1)[0][0] if named else None
-
-
-def read_toxigen(args: argparse.Namespace) -> Source:
-    """Read the statements, with the class that --toxigen_label chooses."""
-    text_column, group_column, class_column = TOXIGEN_COLUMNS[args.toxigen_config]
-    judged = args.toxigen_label == "human"
-    columns = (text_column, group_column, *(TOXICITY if judged else (class_column,)))
-    repo = sha256 = None
-    if is_local_file(args.toxigen):
-        name = Path(args.toxigen).name
-        text, sha256 = read_text(args.toxigen)
-        records = read_csv(text, name, columns)
-    else:
-        repo, tables = read_hub_parquet("toxigen", args.toxigen, args.toxigen_config, columns)
-        name, records = repo.name, [record for table in tables.values() for record in table]
-    rows = []
-    for number, record in enumerate(records):
-        origin = f"row {number} of {name}"
-        scores = {column: toxicity(record.get(column), origin) for column in TOXICITY}
-        if judged:
-            verdict = judged_class(list(scores.values()), origin)
-        else:
-            check_class([str(record[class_column])], PROMPT_CLASSES, origin)
-            verdict = PROMPT_CLASSES[str(record[class_column])]
-        row = {
-            "id": f"toxigen_{number}",
-            "text": decode_text(record[text_column] or "", origin),
-            "label_multiclass": verdict,
-            "persona": record[group_column] or "",
-            "source": "toxigen",
-            "rationale": "",
-            "annotator_labels": [],
-            "official_split": None,
-            "split": "all",
-        }
-        rows.append(row | scores)
-    source = Source("toxigen", name, rows, {row["persona"] for row in rows}, repo, sha256)
-    source.keep("read", rows)
-    return source
-
-
-def read_csv(text: str, name: str, columns: tuple[str, ...]) -> list[Row]:
-    """Read a CSV file; a row of another length, as a cut-off file ends with, is an error."""
-    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
-    try:
-        check_columns(columns, reader.fieldnames or [], name)
-        records = list(reader)
-    except csv.Error as error:
-        fail(f"{name} line {reader.line_num} is no CSV, or the file is cut off: {error}")
-    for number, record in enumerate(records):
-        if None in record or None in record.values():
-            fail(f"row {number} of {name} has more or fewer fields than the header.")
-    return records
-
-
-def check_columns(needed: tuple[str, ...], found: Sequence[str], origin: str) -> None:
-    missing = [column for column in needed if column not in found]
-    if missing:
-        fail(
-            f"{origin} lacks the columns {', '.join(missing)}. It has: {', '.join(found)}. "
-            "--toxigen_config and --toxigen_label choose the columns of ToxiGen."
-        )
-
-
-def decode_text(text: str, origin: str) -> str:
-    """Decode the bytes literal, b'...', that ToxiGen's annotated file holds for each text."""
-    if len(text) < 3 or text[0] != "b" or text[1] not in "'\"" or text[-1] != text[1]:
-        return text
-    try:
-        return ast.literal_eval(text).decode("utf-8")
-    except (ValueError, SyntaxError) as error:
-        fail(f"{origin} holds a bytes literal that cannot be decoded: {error}")
-
-
-def toxicity(value: Any, origin: str) -> float | None:
-    """Read a human score of 1 to 5; None where there is none."""
-    try:
-        score = math.nan if value in (None, "") else float(value)
-    except ValueError:
-        fail(f"{origin} has a toxicity of {value!r}; it must be a number.")
-    return score if math.isfinite(score) else None
-
-
-def judged_class(scores: list[float | None], origin: str) -> str:
-    """The class by human judgement."""
-    found = [score for score in scores if score is not None]
-    if len(found) < len(scores):
-        fail(f"{origin} has no {' or no '.join(TOXICITY)}: no human judgement.")
-    return "hate" if sum(found) > TOXIC_ABOVE else "normal"
-
-
-def read_hub_parquet(
-    source: str, argument: str, config: str, columns: tuple[str, ...]
-) -> tuple[Repo, dict[str, list[Row]]]:
-    """Download a config's parquet files at one commit; return the repo and the rows by path."""
-    import pyarrow
-    import pyarrow.parquet
-    from huggingface_hub import HfApi, snapshot_download
-
-    name, _, revision = argument.partition("@")
-    revision = revision or SOURCES[source]["revision"]
-    pattern = f"{config}/*.parquet"
-    action = f"read {argument} (a downloaded file does too: --{source} ./FILE)"
-    with hub_errors(action):
-        sha = HfApi().repo_info(name, repo_type="dataset", revision=revision).sha
-        folder = snapshot_download(
-            name, repo_type="dataset", revision=sha, allow_patterns=[pattern]
-        )
-    tables: dict[str, list[Row]] = {}
-    for file in sorted(Path(folder, config).rglob("*.parquet")):
-        path = file.relative_to(folder).as_posix()
-        try:
-            found = pyarrow.parquet.read_schema(file).names
-            check_columns(columns, found, f"{name} ({path})")
-            chosen = [column for column in found if column in columns + TOXICITY]
-            tables[path] = pyarrow.parquet.read_table(file, columns=chosen).to_pylist()
-        except pyarrow.ArrowException as error:
-            fail(f"{path} of {name} is damaged: {error}")
-    if not tables:
-        fail(f"cannot {action}: it holds no {pattern}.")
-    return Repo(name, "dataset", sha), tables
-
-
-# --- rules -----------------------------------------------------------------------------------
-
-
-def unify(
-    args: argparse.Namespace, groups: dict[str, Any], hatexplain: Source, toxigen: Source
-) -> list[Row]:
-    """Apply the rules, count what each of them leaves, and return the rows of all splits."""
-    for source in (hatexplain, toxigen):
-        select(source, groups, args.offensive_as)
-    # Of posts with one text the official test set keeps its own; ToxiGen yields to HateXplain.
-    hatexplain.rows.sort(key=lambda row: ("test", "validation", "train").index(row["split"]))
-    seen = {""}
-    for source in (hatexplain, toxigen):
-        source.keep("text not empty and not seen before", drop_repeats(source.rows, seen))
-    split_statements(toxigen.rows, args.seed)
-    toxigen.keep("split by group and label", toxigen.rows)
-    rows = hatexplain.rows + toxigen.rows
-    if args.balance == "source_label":
-        rows = balance(rows, args.seed)
-        for source in (hatexplain, toxigen):
-            source.keep("balanced", [row for row in rows if row["source"] == source.name])
-    # Mixed, so that the first n rows of a split are a fair sample of it.
-    random.Random(args.seed).shuffle(rows)
-    return rows
-
-
-def select(source: Source, groups: dict[str, Any], offensive_as: str) -> None:
-    """Keep the rows about one of the groups, and give them their label."""
-    asked = {name for group in groups.values() for name in group.get(source.name, [])}
-    built_in = {name for group in GROUPS.values() for name in group[source.name]}
-    if unknown := asked - source.names - built_in:
-        fail(
-            f"--groups names {', '.join(sorted(unknown))} for {source.name}, which has: "
-            f"{', '.join(sorted(source.names))}."
-        )
-    rows = [row for row in source.rows if row["persona"] in asked]
-    labels = CLASS_LABELS | {"offensive": offensive_as}
-    for row in rows:
-        row["label"] = labels[row["label_multiclass"]]
-        row["target_groups"] = [
-            group for group, names in groups.items() if row["persona"] in names.get(source.name, [])
-        ]
-    source.keep("about a group", rows)
-    if offensive_as == "drop":
-        source.keep("not offensive", [row for row in rows if row["label"] in LABELS])
-
-
-def normalise(text: str) -> str:
-    """The form in which two texts count as the same: case and white space folded."""
-    return " ".join(text.casefold().split())
-
-
-def drop_repeats(rows: list[Row], seen: set[str]) -> list[Row]:
-    """Keep the first row of each text that is not in `seen`, which then holds them all."""
-    kept = []
-    for row in rows:
-        text = normalise(row["text"])
-        if text not in seen:
-            seen.add(text)
-            kept.append(row)
-    return kept
-
-
-def split_statements(rows: list[Row], seed: int) -> None:
-    """Set `split`: of each group x label, shuffled, 20 % test, 10 % validation, the rest train."""
-    cells: dict[str, list[Row]] = defaultdict(list)
-    for row in rows:
-        cells[f"{' '.join(row['target_groups'])} {row['label']}"].append(row)
-    for cell, members in cells.items():
-        # A generator of its own for each cell: a new group changes no other group's split.
-        random.Random(f"{seed} {cell}").shuffle(members)
-        splits = ["test"] * (len(members) * 2 // 10) + ["validation"] * (len(members) // 10)
-        splits += ["train"] * (len(members) - len(splits))
-        for row, split in zip(members, splits, strict=True):
-            row["split"] = split
-
-
-def balance(rows: list[Row], seed: int) -> list[Row]:
-    """In each split, draw from every source x label as many rows as the smallest of them has."""
-    kept = []
-    for split in SPLITS:
-        cells = {(source, label): [] for source in SOURCES for label in LABELS}
-        for row in rows:
-            if row["split"] == split:
-                cells[row["source"], row["label"]].append(row)
-        size = min(len(members) for members in cells.values())
-        if not size:
-            empty = [" ".join(cell) for cell, members in cells.items() if not members]
-            fail(f"--balance source_label: {split} has no rows of {', '.join(empty)}.")
-        for cell, members in cells.items():
-            kept += random.Random(f"{seed} {split} {' '.join(cell)}").sample(members, size)
-    return kept
-
-
-def check_rows(rows: list[Row], groups: dict[str, Any]) -> None:
-    """End on data that nobody should train on or judge by."""
-    splits: dict[str, set[str]] = defaultdict(set)
-    for row in rows:
-        splits[normalise(row["text"])].add(row["split"])
-        try:
-            row["text"].encode()
-        except UnicodeEncodeError as error:
-            fail(f"the text of {row['id']} is no valid Unicode: {error}")
-    leaks = [text for text, found in splits.items() if len(found) > 1]
-    if leaks:
-        fail(f"{len(leaks)} texts stand in two splits, for example {leaks[0]!r}.")
-    if len({row["id"] for row in rows}) < len(rows):
-        fail("the sources hold two rows of one id.")
-    for split in SPLITS:
-        if not any(row["split"] == split for row in rows):
-            fail(f"no row of the split {split} is left by the rules; the sources are too small.")
-    for group in groups:
-        if not any(group in row["target_groups"] for row in rows):
-            fail(f"the group {group} has no rows. Leave it out, or give a source that has it.")
-
-
-# --- what is written -------------------------------------------------------------------------
-
-
-def describe_dataset(
-    args: argparse.Namespace, groups: dict[str, Any], sources: list[Source], rows: list[Row]
-) -> dict[str, Any]:
-    """contract.json: everything the next stages must know."""
-    splits = {split: {label: dict.fromkeys(groups, 0) for label in LABELS} for split in SPLITS}
-    for row in rows:
-        for group in row["target_groups"]:
-            splits[row["split"]][row["label"]][group] += 1
-    record = stage_record("dataset", SCRIPT, args, [s.repo for s in sources if s.repo])
-    return record | {
-        "labels": LABELS,
-        "positive_label": POSITIVE_LABEL,
-        "groups": list(groups),
-        "prompts": fill_prompts(groups),
-        "sources": [
-            {
-                "name": source.name,
-                "id_or_file": source.id_or_file,
-                "revision": source.repo.revision if source.repo else None,
-                "licence": SOURCES[source.name]["licence"],
-                "sha256": source.sha256,
-                "steps": source.steps,
-            }
-            for source in sources
-        ],
-        "splits": splits,
-        "rules": {
-            "groups": {
-                group: {source: names.get(source, []) for source in SOURCES}
-                for group, names in groups.items()
-            },
-            "target": "named most often by the annotators, None left out; of a tie the first named",
-            "offensive_as": args.offensive_as,
-            "toxigen_config": args.toxigen_config,
-            "toxigen_label": args.toxigen_label,
-            "repeats": "case and white space folded; HateXplain's test, validation and train, then "
-            "ToxiGen; the first is kept",
-            "split": "HateXplain: official; ToxiGen: 20 % test and 10 % validation of each group "
-            "and label",
-            "balance": args.balance,
-            "seed": args.seed,
-        },
-    }
-
-
-def fill_prompts(groups: dict[str, Any]) -> dict[str, dict[str, str]]:
+def fill_prompts(
+    build: Build, templates: dict[str, dict[str, Any]], persona: bool = False
+) -> dict[str, dict[str, Any]]:
     """The strategies with everything filled in that is the same for all posts."""
-    notes = [f"- {group['note']}" for group in groups.values() if group.get("note")]
+    notes = [f"- {group['note']}" for group in build.groups.values() if group.get("note")]
+    other = next(label for label in build.labels if label != build.positive)
     examples = [
-        f"Post: {text}\n{fill_answer(RATIONALE_ANSWER, label, why)}"
+        f"Post: {text}\n"
+        + fill_answer(RATIONALE_ANSWER, build.positive if label == "hate" else other, why)
         for text, label, why in EXAMPLES
     ]
+    said = [
+        f"{label} ({LABEL_NOTES[label]})" if label in LABEL_NOTES else label
+        for label in build.labels
+    ]
     values = {
-        "{labels}": " or ".join(LABELS),
+        "{labels}": " or ".join([", ".join(said[:-1]), said[-1]]),
         "{notes}": "\n".join(notes) or "No notes.",
         "{examples}": "\n".join(examples),
     }
-    filled = {name: dict(strategy) for name, strategy in PROMPTS.items()}
-    for strategy in filled.values():
+    filled = {name: dict(strategy) for name, strategy in (PROMPTS | templates).items()}
+    for name, strategy in filled.items():
+        if persona:
+            strategy["user"] = "Persona: {persona}\n\n" + strategy["user"]
         for part in ("system", "user"):
             for placeholder, value in values.items():
                 strategy[part] = strategy[part].replace(placeholder, value)
+        asked = f"{strategy['system']} {strategy['user']}"
+        missing = [x for x in build.labels if not re.search(rf"\b{re.escape(x)}\b", asked)]
+        if missing:
+            fail(
+                f"the strategy {name!r} never names the label {missing[0]!r}, so its answers would "
+                f"use a word that its prompt does not ask for. The labels are: "
+                f"{', '.join(build.labels)}; {{{{labels}}}} in user_template lists them."
+            )
     return filled
 
 
 def fill_answer(template: str, label: str, rationale: str) -> str:
     """Fill an answer template; in one that is JSON the values are escaped, so that it stays so."""
     values = {"{label}": label, "{rationale}": rationale}
-    try:
-        json.loads(template)
-    except ValueError:
-        pass
-    else:
+    if is_json(template):
         values = {key: json.dumps(text, ensure_ascii=False)[1:-1] for key, text in values.items()}
     # One pass: a rationale that reads {label} stays as it is.
     return re.sub(r"\{label\}|\{rationale\}", lambda match: values[match[0]], template)
 
 
-def sft_row(row: Row, strategy: dict[str, str]) -> Row:
+def is_json(text: str) -> bool:
+    try:
+        json.loads(text)
+    except ValueError:
+        return False
+    return True
+
+
+def parse_answer(template: str, answer: str, labels: list[str]) -> str | None:
+    """The label of an answer in the form of its template, else None."""
+    if is_json(template):
+        try:
+            parsed = json.loads(answer)
+        except ValueError:
+            return None
+        keys = [key for key, value in json.loads(template).items() if value == "{label}"]
+        label = parsed.get(keys[0]) if isinstance(parsed, dict) and keys else None
+        return label if label in labels else None
+    pattern = re.escape(template)
+    names = "|".join(map(re.escape, sorted(labels, key=len, reverse=True)))
+    pattern = pattern.replace(re.escape("{label}"), f"({names})")
+    pattern = pattern.replace(re.escape("{rationale}"), ".*")
+    match = re.fullmatch(pattern, answer, re.DOTALL)
+    return match[1] if match else None
+
+
+def sft_row(row: Row, name: str, strategy: dict[str, Any], build: Build) -> Row:
     """One example in TRL's conversational prompt-completion form.
 
-    Marked words explain an attack, so only rows of the positive label answer with them. They and
-    the persona, which gives the source away, never stand in the prompt.
+    Marked words explain an attack, so only rows of the positive label answer with them. They never
+    stand in the prompt, nor does the persona, which gives the source away, unless it was asked for.
     """
-    marked = row["rationale"] if row["label"] == POSITIVE_LABEL else ""
-    answer = fill_answer(strategy["answer"], row["label"], marked or RATIONALES[row["label"]])
+    label = row["label"]
+    reason = row["rationale"] if label == build.positive else ""
+    answer = fill_answer(strategy["answer"], label, reason or default_rationale(label, build))
+    if parse_answer(strategy["answer"], answer, build.labels) != label:
+        fail(f"the answer of {name} to {row['id']} cannot be read back: {answer!r}.")
     return {
-        "prompt": prompt_messages(strategy, row["text"]),
+        "prompt": prompt_messages(strategy, row["text"], row),
         "completion": [{"role": "assistant", "content": answer}],
         **{key: row[key] for key in ("id", "text", "label", "target_groups")},
     }
 
 
-def build_files(contract: dict[str, Any], rows: list[Row]) -> dict[str, bytes]:
-    """Return the content of every file of the repo by its path."""
-    from datasets import ClassLabel, Features, List, Value
+def default_rationale(label: str, build: Build) -> str:
+    """The sentence that explains a label where the source marks no words."""
+    if label in RATIONALES:
+        return RATIONALES[label]
+    if label == build.positive:
+        return RATIONALES["hate"]
+    return f"It fits the label {label}."
 
-    string, label = Value("string"), ClassLabel(names=contract["labels"])
-    common = {"id": string, "text": string, "label": label, "target_groups": List(string)}
-    messages = List({"role": string, "content": string})
-    unified = common | {
-        "label_multiclass": string,
-        "persona": string,
-        "source": string,
-        "rationale": string,
-        "annotator_labels": List(string),
-        "toxicity_human": Value("float64"),
-        "toxicity_ai": Value("float64"),
-        "official_split": string,
+
+# --- the audit -------------------------------------------------------------------------------
+
+# What a text looks like without a word of it being read.
+SURFACE = (
+    *("characters", "words", "share of capitals", "share of digits", "share of punctuation"),
+    *("share of non-ASCII", "mentions", "hashtags", "links", "line breaks"),
+)
+AUDIT_ROWS = 20_000  # at most, of a split: enough for its figures, and fast
+# Above the share that guessing gets, surface features alone should not tell the labels apart.
+SHORTCUT_MARGIN = 0.25
+TRUE_RATE = 0.15  # of the errors whose interval the audit foretells
+
+
+def surface(text: str) -> list[float]:
+    """The values of SURFACE for one text."""
+    length = max(len(text), 1)
+    return [
+        len(text),
+        len(text.split()),
+        sum(map(str.isupper, text)) / length,
+        sum(map(str.isdigit, text)) / length,
+        sum(not (sign.isalnum() or sign.isspace()) for sign in text) / length,
+        sum(ord(sign) > 127 for sign in text) / length,
+        text.count("@"),
+        text.count("#"),
+        text.count("http"),
+        text.count("\n"),
+    ]
+
+
+def words_model() -> Any:
+    """TF-IDF of words and parts of words, and logistic regression: what a laptop learns at once."""
+    from sklearn.feature_extraction.text import TfidfVectorizer
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline, make_union
+
+    return make_pipeline(
+        make_union(
+            TfidfVectorizer(ngram_range=(1, 2)),
+            TfidfVectorizer(analyzer="char_wb", ngram_range=(2, 5)),
+        ),
+        LogisticRegression(max_iter=1000),
+    )
+
+
+def build_audit(build: Build) -> dict[str, Any]:
+    """What a critic would look for: shortcuts, baselines, agreement, cells, repeats."""
+    samples = {split: build.members[split][:AUDIT_ROWS] for split in build.splits}
+    baselines = [*shortcut_baselines(build, samples), *word_baselines(build, samples)]
+    for baseline in baselines:
+        limit = 1 / len(build.labels) + SHORTCUT_MARGIN
+        if baseline["shortcut"] and baseline["balanced_accuracy"] >= limit:
+            build.warnings.append(
+                f"shortcut: {baseline['name']} ({baseline['data']}) gets a balanced accuracy of "
+                f"{baseline['balanced_accuracy']:.1%} without reading a word: {baseline['rule']}"
+            )
+    return {
+        "baselines": baselines,
+        "agreement": agreement(build),
+        "cells": cell_audit(build),
+        "repeats": build.repeats,
+        "rows_at_most": AUDIT_ROWS,
     }
-    sft = {"prompt": messages, "completion": messages, **common}
-    files: dict[str, bytes] = {}
-    for split in SPLITS:
-        members = [row for row in rows if row["split"] == split]
-        files[parquet_path("unified", split)] = parquet_bytes(members, Features(unified))
-        for name, strategy in contract["prompts"].items():
-            examples = [sft_row(row, strategy) for row in members]
-            files[parquet_path(name, split)] = parquet_bytes(examples, Features(sft))
-    files[CARD] = build_card(contract).encode()
-    files[CONTRACT] = json_bytes(contract)
+
+
+def shortcut_baselines(build: Build, samples: dict[str, list[Row]]) -> list[dict[str, Any]]:
+    """What length, kinds of characters and the row's source alone tell of its label.
+
+    A tree that is fitted to one part of the test split and judged on the rest finds a shortcut
+    even where the train split does not have it, as when the two come from different sources.
+    """
+    from sklearn.model_selection import StratifiedKFold, cross_val_predict
+    from sklearn.tree import DecisionTreeClassifier
+
+    found = []
+    features = {name: [surface(row["text"]) for row in rows] for name, rows in samples.items()}
+    labels = {name: [row["label"] for row in rows] for name, rows in samples.items()}
+    test = features["test"]
+    for name, places in (("length", [0, 1]), ("surface", range(len(SURFACE)))):
+        tree = DecisionTreeClassifier(max_depth=2, class_weight="balanced", random_state=0)
+        names = [SURFACE[place] for place in places]
+        chosen = {key: [[row[p] for p in places] for row in rows] for key, rows in features.items()}
+        title = f"depth-2 tree on {name}"
+        if "train" in chosen:
+            tree.fit(chosen["train"], labels["train"])
+            predicted = list(tree.predict(chosen["test"]))
+            rule = tree_rule(tree, names)
+            found.append(judged(title, "train to test", labels["test"], predicted, build, rule))
+        if min(Counter(labels["test"]).values()) >= 5 and len(set(labels["test"])) > 1:
+            folds = StratifiedKFold(5, shuffle=True, random_state=0)
+            predicted = list(cross_val_predict(tree, chosen["test"], labels["test"], cv=folds))
+            rule = tree_rule(tree.fit(chosen["test"], labels["test"]), names)
+            found.append(judged(title, "within test", labels["test"], predicted, build, rule))
+    if "train" in samples and len(test):
+        for name in ("source", "persona"):
+            predicted, rule = commonest_labels(samples, name)
+            found.append(
+                judged(f"the {name} alone", "train to test", labels["test"], predicted, build, rule)
+            )
+    return found
+
+
+def commonest_labels(samples: dict[str, list[Row]], column: str) -> tuple[list[str], str]:
+    """Answer each test row with the commonest train label of its value in a column."""
+    labels: dict[str, Counter[str]] = defaultdict(Counter)
+    for row in samples["train"]:
+        labels[row[column]][row["label"]] += 1
+    commonest = Counter(row["label"] for row in samples["train"]).most_common(1)[0][0]
+    answers = {value: counts.most_common(1)[0][0] for value, counts in labels.items()}
+    predicted = [answers.get(row[column], commonest) for row in samples["test"]]
+    return predicted, f"the commonest label of each {column}"
+
+
+def tree_rule(tree: Any, names: list[str]) -> str:
+    """A fitted tree as one line of text."""
+    from sklearn.tree import export_text
+
+    text = export_text(tree, feature_names=names, decimals=2, show_weights=False)
+    return "; ".join(
+        line.replace("|   ", "> ").replace("|---", "").strip() for line in text.split("\n") if line
+    )
+
+
+def word_baselines(build: Build, samples: dict[str, list[Row]]) -> list[dict[str, Any]]:
+    """TF-IDF with logistic regression, and the constant answers."""
+    truth = [row["label"] for row in samples["test"]]
+    found = [
+        judged(f"always {label}", "test", truth, [label] * len(truth), build, "")
+        for label in build.labels
+    ]
+    train = samples.get("train", [])
+    if len({row["label"] for row in train}) < 2:
+        return found
+    model = words_model()
+    try:
+        model.fit([row["text"] for row in train], [row["label"] for row in train])
+    except ValueError as error:
+        build.warnings.append(f"TF-IDF cannot be fitted to the train split: {error}")
+        return found
+    scores = model.predict_proba([row["text"] for row in samples["test"]])
+    names = [str(label) for label in model.classes_]
+    predicted = [names[row.argmax()] for row in scores]
+    title = "TF-IDF + logistic regression"
+    words = judged(title, "train to test", truth, predicted, build, "")
+    if build.positive in truth and {*truth} - {build.positive} and build.positive in names:
+        from sklearn.metrics import roc_auc_score
+
+        positive = [label == build.positive for label in truth]
+        area = roc_auc_score(positive, scores[:, names.index(build.positive)])
+        words["roc_auc"] = round(float(area), 4)
+    return [*found, words]
+
+
+def judged(
+    name: str, data: str, truth: list[str], predicted: list[str], build: Build, rule: str
+) -> dict[str, Any]:
+    """The figures of one baseline; one with a rule reads no word, so it should know nothing."""
+    from sklearn.metrics import accuracy_score, f1_score, recall_score
+
+    present = sorted(set(truth))
+    options = {"average": "macro", "zero_division": 0}
+    recall = recall_score(truth, predicted, labels=present, **options)
+    positive = build.positive
+    f1 = f1_score(truth, predicted, labels=[positive], **options) if positive in truth else None
+    return {
+        "name": name,
+        "data": data,
+        "n": len(truth),
+        "accuracy": round(float(accuracy_score(truth, predicted)), 4),
+        "balanced_accuracy": round(float(recall), 4),
+        "f1_positive": None if f1 is None else round(float(f1), 4),
+        "f1_macro": round(float(f1_score(truth, predicted, labels=build.labels, **options)), 4),
+        "shortcut": bool(rule),
+        "rule": rule,
+    }
+
+
+def agreement(build: Build) -> dict[str, Any]:
+    """How far the annotators agree on the label, over all posts with votes and per group.
+
+    Krippendorff's alpha for nominal values: 1 is full agreement, 0 that of chance.
+    """
+    import krippendorff
+
+    voted = [row for row in build.rows if len(row["annotator_labels"]) > 1]
+    names = sorted({label for row in voted for label in row["annotator_labels"]})
+    result = {}
+    for group in ("all", *build.groups):
+        rows = [row for row in voted if group == "all" or group in row["target_groups"]]
+        if not rows:
+            continue
+        votes = [[row["annotator_labels"].count(name) for name in names] for row in rows]
+        cast = sum(map(any, zip(*votes, strict=True)))
+        unanimous = sum(max(counts) == sum(counts) for counts in votes)
+        # With one label alone there is nothing to disagree on, and alpha is undefined.
+        alpha = None
+        if cast > 1:
+            alpha = krippendorff.alpha(value_counts=votes, level_of_measurement="nominal")
+        result[group] = {
+            "posts": len(rows),
+            "unanimous": round(unanimous / len(rows), 4),
+            "krippendorff_alpha": None if alpha is None else round(float(alpha), 4),
+        }
+    return result
+
+
+def cell_audit(build: Build) -> dict[str, Any]:
+    """Test posts of each group with and without the positive label, and what they can tell.
+
+    `points` is half the 95 % interval, in percentage points, of an error rate that is truly 15 %.
+    """
+    cells = {}
+    for group in build.groups:
+        rows = [row for row in build.members["test"] if group in row["target_groups"]]
+        positives = sum(row["label"] == build.positive for row in rows)
+        cells[group] = {
+            "negatives": len(rows) - positives,
+            "false_positive_rate_points": half_width(len(rows) - positives),
+            "positives": positives,
+            "false_negative_rate_points": half_width(positives),
+        }
+    return cells
+
+
+def half_width(n: int, rate: float = TRUE_RATE) -> float | None:
+    """Half the 95 % Wilson interval (Wilson 1927) around a rate seen in n posts, in points."""
+    if not n:
+        return None
+    z = 1.959964
+    half = z / (1 + z * z / n) * math.sqrt(rate * (1 - rate) / n + z * z / (4 * n * n))
+    return round(100 * half, 1)
+
+
+def cell_sentences(groups: list[str], cells: dict[str, Any]) -> list[str]:
+    """Say of the smallest cell of each kind how well an error rate can be known from it."""
+    sentences = []
+    kinds = (("negatives", "false positive rate"), ("positives", "false negative rate"))
+    for kind, rate in kinds:
+        none = [group for group in groups if not cells[group][kind]]
+        if none:
+            sentences.append(f"No {kind} of {', '.join(none)}: no {rate} can be measured there.")
+        group = min(set(groups) - set(none), key=lambda name: (cells[name][kind], name), default="")
+        if group:
+            n, points = cells[group][kind], cells[group][f"{rate.replace(' ', '_')}_points"]
+            sentences.append(
+                f"The smallest cell: with {n} {kind} of {group}, a true {rate} of "
+                f"{TRUE_RATE:.0%} is known to ± {points:.0f} points."
+            )
+    return sentences
+
+
+# --- what is written -------------------------------------------------------------------------
+
+
+def deliver(build: Build, args: argparse.Namespace, targets: list[str]) -> None:
+    """Check, audit, write and publish the dataset; nothing is pushed before all of it is done."""
+    check_rows(build)
+    build.arrange(args.seed)
+    audit = build_audit(build)
+    args.dataset_repo = next((name for name in targets if not is_folder(name)), None)
+    contract = describe_dataset(build, args, audit)
+    for part in (funnel_table(contract), split_table(contract), audit_text(contract)):
+        print(part, end="\n\n", flush=True)
+    with tempfile.TemporaryDirectory(prefix="hsd-data-") as work:
+        folder = Path(work)
+        contract["files"] = write_configs(build, folder)
+        contract["checks"] = check_files(build, folder)
+        (folder / CARD).write_text(build_card(contract), encoding="utf-8")
+        (folder / CONTRACT).write_bytes(json_bytes(contract))
+        ready = [prepare_target(target, args.allow_public) for target in targets]
+        for target in ready:
+            publish(target, folder, contract)
+
+
+def describe_dataset(
+    build: Build, args: argparse.Namespace, audit: dict[str, Any]
+) -> dict[str, Any]:
+    """contract.json: everything the next stages must know."""
+    groups = [*build.groups]
+    if any(not row["target_groups"] for row in build.rows):
+        groups.append(NO_TARGET)
+    splits = {
+        split: {label: dict.fromkeys(groups, 0) for label in build.labels} for split in build.splits
+    }
+    for row in build.rows:
+        for group in row["target_groups"] or [NO_TARGET]:
+            splits[row["split"]][row["label"]][group] += 1
+    record = stage_record("dataset", SCRIPT, args, [s.hub for s in build.sources if s.hub])
+    descriptions = {name: group.get("description", "") for name, group in build.groups.items()}
+    contract = record | {
+        "title": build.title,
+        "language": build.language,
+        "labels": build.labels,
+        "positive_label": build.positive,
+        "label_descriptions": build.label_descriptions,
+        "groups": [*build.groups],
+        "group_descriptions": descriptions,
+        "prompts": build.prompts,
+        "sources": [source.as_record() for source in build.sources],
+        "splits": splits,
+        "rows": {name: len(rows) for name, rows in build.members.items()},
+        "rules": build.rules,
+        "warnings": build.warnings,
+        "audit": audit,
+    }
+    return contract | ({"forgotten": build.forgotten} if build.forgotten["ids"] else {})
+
+
+def unified_features(build: Build) -> dict[str, Any]:
+    """Columns and types of `unified`."""
+    from datasets import ClassLabel, List, Value
+
+    text, number = Value("string"), Value("float64")
+    return {
+        "id": text,
+        "text": text,
+        "label": ClassLabel(names=build.labels),
+        "target_groups": List(text),
+        "label_multiclass": text,
+        "persona": text,
+        "source": text,
+        "rationale": text,
+        "annotator_labels": List(text),
+        "annotator_targets": List(List(text)),
+        "toxicity_human": number,
+        "toxicity_ai": number,
+        "official_split": text,
+        **{name: List(text) if kind is list else text for name, kind in build.columns.items()},
+    }
+
+
+def write_configs(build: Build, folder: Path) -> dict[str, dict[str, Any]]:
+    """Write every config's parquet files; return rows, bytes and sha256 of each by its path."""
+    from datasets import Features, List, Value
+
+    unified, text = unified_features(build), Value("string")
+    messages = List({"role": text, "content": text})
+    common = {name: unified[name] for name in ("id", "text", "label", "target_groups")}
+    sft = Features({"prompt": messages, "completion": messages, **common})
+    files = {}
+    for split in build.members:
+        rows = build.members[split]
+        path = parquet_path("unified", split)
+        write_parquet(folder / path, rows, Features(unified), lambda row: row)
+        for name, strategy in build.prompts.items():
+            example = functools.partial(sft_row, name=name, strategy=strategy, build=build)
+            write_parquet(folder / parquet_path(name, split), rows, sft, example)
+        for name in ("unified", *build.prompts):
+            path = parquet_path(name, split)
+            content = (folder / path).read_bytes()
+            sha256 = hashlib.sha256(content).hexdigest()
+            files[path] = {"rows": len(rows), "bytes": len(content), "sha256": sha256}
     return files
 
 
@@ -828,24 +1795,52 @@ def parquet_path(config: str, split: str) -> str:
     return f"{config}/{split}-00000-of-00001.parquet"
 
 
-def parquet_bytes(rows: list[Row], features: Any) -> bytes:
-    """Parquet with the metadata by which `datasets` knows the label's names."""
+def write_parquet(
+    path: Path, rows: list[Row], features: Any, convert: Callable[[Row], Row]
+) -> None:
+    """Write rows in portions, with the metadata by which `datasets` knows the label's names."""
     import pyarrow
     import pyarrow.parquet
 
-    names = features["label"].names
-    values = [{key: row[key] for key in features} for row in rows]
-    for row in values:
-        row["label"] = names.index(row["label"])
-    buffer = io.BytesIO()
-    table = pyarrow.Table.from_pylist(values, schema=features.arrow_schema)
-    pyarrow.parquet.write_table(table, buffer)
-    return buffer.getvalue()
+    path.parent.mkdir(exist_ok=True)
+    names, schema = features["label"].names, features.arrow_schema
+    with pyarrow.parquet.ParquetWriter(path, schema) as writer:
+        for start in progress(range(0, len(rows), 5_000), f"{path.parent.name}/{path.name}"):
+            values = [convert(row) for row in rows[start : start + 5_000]]
+            values = [{key: row[key] for key in features} for row in values]
+            for row in values:
+                row["label"] = names.index(row["label"])
+            writer.write_table(pyarrow.Table.from_pylist(values, schema=schema))
+
+
+def check_files(build: Build, folder: Path) -> dict[str, int]:
+    """Read what was written back: no text in two splits of any configs, no canned set outside
+    validation. Return the counts, which are 0."""
+    import pyarrow.parquet
+
+    keys = {row["id"]: row["key"] for row in build.rows}
+    texts: dict[str, set[str]] = defaultdict(set)
+    for name in ("unified", *build.prompts):
+        for split in build.members:
+            table = pyarrow.parquet.read_table(
+                folder / parquet_path(name, split), columns=["id", "text"]
+            )
+            for post in table.to_pylist():
+                if normalise(post["text"]) != keys[post["id"]]:
+                    fail(f"{name}/{split} holds {post['id']} with another text.", code=1)
+                texts[split].add(keys[post["id"]])
+    pairs = itertools.combinations(build.splits, 2)
+    counts = {f"texts in {one} and {two}": len(texts[one] & texts[two]) for one, two in pairs}
+    for name in build.members.keys() & CANNED.keys():
+        counts[f"texts of {name} outside validation"] = len(texts[name] - texts["validation"])
+    if any(counts.values()):
+        fail(f"the splits overlap: {counts}.", code=1)
+    return counts
 
 
 def markdown_table(header: list[str], lines: list[list[Any]]) -> str:
     """A Markdown table whose columns also line up on a terminal."""
-    cells = [[str(cell) for cell in line] for line in [header, *lines]]
+    cells = [[str(cell).replace("|", "\\|") for cell in line] for line in [header, *lines]]
     widths = [max(len(line[place]) for line in cells) for place in range(len(header))]
     cells.insert(1, ["-" * width for width in widths])
     return "\n".join(
@@ -856,22 +1851,26 @@ def markdown_table(header: list[str], lines: list[list[Any]]) -> str:
 
 def funnel_table(contract: dict[str, Any]) -> str:
     """What each step left of each source: rows, and by split and group how many of each class."""
-    groups, lines = contract["groups"], []
+    groups, lines = [*contract["groups"], NO_TARGET], []
     for source in contract["sources"]:
-        classes = SOURCES[source["name"]]["classes"]
+        classes, before, cells_before = source["classes"], None, None
         for step in source["steps"]:
-            lines.append([source["name"], step["step"], "", step["rows"], *[""] * len(groups)])
-            for split in ("all", *SPLITS):
-                counts = step["counts"].get(split)
-                if not counts:
-                    continue
+            dropped = None if before is None else before - step["rows"]
+            before, head = step["rows"], [source["name"], step["step"]]
+            shown = "" if dropped is None else dropped
+            lines.append([*head, shown, "", step["rows"], *[""] * len(groups)])
+            # A step that drops nothing but splits the rows anew shows its cells too.
+            same = step["counts"] == cells_before
+            cells_before = step["counts"]
+            for split, counts in ({} if same else step["counts"]).items():
                 row = [[counts.get(group, {}).get(name, 0) for name in classes] for group in groups]
-                cells = [f"{sum(cell)} ({'/'.join(map(str, cell))})" for cell in row]
-                total = sum(sum(cell) for cell in row)
-                lines.append(["", "", split, total, *cells])
-    order = "; ".join(f"{name}: {'/'.join(source['classes'])}" for name, source in SOURCES.items())
-    funnel = markdown_table(["source", "step", "split", "rows", *groups], lines)
-    return f"{funnel}\n\nIn brackets, {order}."
+                cells = [f"{sum(c)} ({'/'.join(map(str, c))})" if any(c) else "" for c in row]
+                lines.append(["", "", "", split, "", *cells])
+    if not any(line[-1] for line in lines):
+        groups, lines = groups[:-1], [line[:-1] for line in lines]
+    order = "; ".join(f"{s['name']}: {'/'.join(s['classes'])}" for s in contract["sources"])
+    header = ["source", "step", "dropped", "split", "rows", *groups]
+    return f"{markdown_table(header, lines)}\n\nIn brackets, {order}."
 
 
 def split_table(contract: dict[str, Any]) -> str:
@@ -881,40 +1880,94 @@ def split_table(contract: dict[str, Any]) -> str:
         for split, labels in contract["splits"].items()
         for label, counts in labels.items()
     ]
-    return markdown_table(["split", "label", *contract["groups"]], lines)
+    groups = next(iter(next(iter(contract["splits"].values())).values()))
+    return markdown_table(["split", "label", *groups], lines)
+
+
+def audit_text(contract: dict[str, Any]) -> str:
+    """The audit as Markdown that is also read on a terminal."""
+    audit, parts = contract["audit"], []
+
+    def shown(value: float | None) -> str:
+        return "-" if value is None else f"{value:.3f}"
+
+    lines = [
+        [
+            one["name"],
+            one["data"],
+            *(shown(one[key]) for key in ("accuracy", "balanced_accuracy", "f1_positive")),
+            *(shown(one.get(key)) for key in ("f1_macro", "roc_auc")),
+        ]
+        for one in audit["baselines"]
+    ]
+    header = ["baseline", "data", "accuracy", "balanced", "F1", "macro F1", "AUROC"]
+    parts.append(
+        markdown_table([*header[:4], f"F1 {contract['positive_label']}", *header[5:]], lines)
+    )
+    lines = [
+        [group, *("-" if value is None else value for value in cell.values())]
+        for group, cell in audit["cells"].items()
+    ]
+    if lines:
+        header = ["group (test)", "negatives", "FPR ± points", "positives", "FNR ± points"]
+        parts.append(markdown_table(header, lines))
+        parts.append("\n".join(cell_sentences(contract["groups"], audit["cells"])))
+    lines = [
+        [group, one["posts"], f"{one['unanimous']:.1%}", shown(one["krippendorff_alpha"])]
+        for group, one in audit["agreement"].items()
+    ]
+    if lines:
+        header = ["annotators", "posts", "unanimous", "Krippendorff's alpha"]
+        parts.append(markdown_table(header, lines))
+    if audit["repeats"]:
+        repeats = (f"{name.replace('_', ' ')} {n}" for name, n in audit["repeats"].items())
+        parts.append(f"Repeats that were left out: {', '.join(repeats)}.")
+    parts += [f"warning: {warning}" for warning in contract["warnings"]]
+    return "\n\n".join(parts)
 
 
 def build_card(contract: dict[str, Any]) -> str:
     """The dataset card; its `configs` tell load_dataset which files belong together."""
     import yaml
 
+    splits = [*contract["rows"]]
     configs = [
         {
             "config_name": name,
-            "data_files": [{"split": split, "path": parquet_path(name, split)} for split in SPLITS],
+            "data_files": [{"split": split, "path": parquet_path(name, split)} for split in splits],
         }
         for name in ("unified", *contract["prompts"])
     ]
+    licences = [name for s in contract["sources"] for name in s["licence"].split(", ")]
     header = {
-        "license": ["mit", "cdla-permissive-2.0"],
-        "language": ["en"],
+        "license": [*dict.fromkeys(licences)],
+        "language": contract["language"],
         "task_categories": ["text-classification"],
         "tags": ["hate-speech-detection", "not-for-all-audiences"],
         "configs": [configs[0] | {"default": True}, *configs[1:]],
     }
     prompts = [f"- `{name}`: {part['description']}" for name, part in contract["prompts"].items()]
     rules = [f"- {name}: `{json.dumps(rule)}`" for name, rule in contract["rules"].items()]
+    words = contract["label_descriptions"] | contract["group_descriptions"]
     sources = [
-        [source["name"], source["id_or_file"], source["revision"] or "-", source["licence"]]
+        [source["title"], source["id_or_file"], source["revision"] or "-", source["licence"]]
         for source in contract["sources"]
     ]
+    canned = [f"`{name}` ({contract['rows'][name]})" for name in CANNED if name in splits]
+    checks = [f"- {name}: {number}" for name, number in contract["checks"].items()]
     return CARD_TEMPLATE.format(
-        header=yaml.safe_dump(header, sort_keys=False),
+        header=yaml.safe_dump(header, sort_keys=False, allow_unicode=True),
+        title=contract["title"],
         script=contract["script"],
         prompts="\n".join(prompts),
         splits=split_table(contract),
+        canned=f"Canned sets, drawn from validation: {', '.join(canned)}." if canned else "",
+        words="\n".join(f"- `{name}`: {text or 'no description'}" for name, text in words.items()),
         sources=markdown_table(["source", "id or file", "revision", "licence"], sources),
+        notices="\n".join(f"- {s['title']}: {s['notice']}" for s in contract["sources"]),
         funnel=funnel_table(contract),
+        audit=audit_text(contract),
+        checks="\n".join(checks),
         rules="\n".join(rules),
     )
 
@@ -923,12 +1976,12 @@ CARD_TEMPLATE = """\
 ---
 {header}---
 
-# Posts labelled for hate speech
+# {title}
 
 **Warning: the texts are offensive, many of them extremely so.** Keep this repo private. The posts
-are English research data about a few groups; no one should be judged by them alone.
+are research data about a few groups; no one should be judged by them alone.
 
-Built by `{script}` from HateXplain and ToxiGen; `contract.json` records how.
+Built by `{script}`; `contract.json` records how.
 
     from datasets import load_dataset
     posts = load_dataset("this repo or folder", "unified")
@@ -943,18 +1996,31 @@ and as prompts and completions for training:
 
 {splits}
 
+{canned}
+
+## Labels and groups
+
+{words}
+
 ## Sources
 
 {sources}
 
-HateXplain: Copyright (c) 2020 Punyajoy Saha, MIT License (github.com/hate-alert/HateXplain).
-ToxiGen: Copyright (c) Microsoft Corporation, MIT License, and the Community Data License
-Agreement - Permissive - Version 2.0 (cdla.dev/permissive-2-0); it contains synthetic data. Both
-come as they are, without warranty. Whoever shares this data shares these terms with it.
+{notices}
+
+The data comes as it is, without warranty. Whoever shares it shares the sources' terms with it.
 
 What each step left:
 
 {funnel}
+
+## Audit
+
+{audit}
+
+Checked in the written files:
+
+{checks}
 
 ## Rules
 
@@ -962,48 +2028,246 @@ What each step left:
 """
 
 
-def publish(target: str, files: dict[str, bytes]) -> None:
-    """Write all files at once: one commit, or one replaced folder."""
+# --- targets ---------------------------------------------------------------------------------
+
+
+def choose_targets(args: argparse.Namespace, name: str) -> list[str]:
+    """The folder and the repo to write; where neither is named, {you}/NAME."""
+    targets = [str(Path(args.output_dir).expanduser().resolve())] if args.output_dir else []
+    if args.dataset_repo and is_folder(args.dataset_repo):
+        targets.append(str(Path(args.dataset_repo).expanduser().resolve()))
+    elif args.dataset_repo or not targets:
+        targets.append(args.dataset_repo or f"{own_namespace()}/{name}")
+    return targets
+
+
+def prepare_target(target: str, allow_public: bool) -> str:
+    """Prove that the dataset can be written; return its name.
+
+    It comes after the rows are checked: bad data leaves no empty repo behind.
+    """
+    if not is_folder(target):
+        prepare_repo(target, "dataset", "dataset", allow_public)
+        return target
+    folder = Path(target)
+    if folder.exists() and not folder.is_dir():
+        fail(f"{target} is a file; name a folder or a Hub id.")
+    entries = list(folder.iterdir()) if folder.exists() else []
+    strange = [
+        entry.name
+        for entry in entries
+        if entry.name not in (CARD, CONTRACT)
+        and not (entry.is_dir() and all(file.suffix == ".parquet" for file in entry.iterdir()))
+    ]
+    # The folder is replaced as a whole, so it must hold nothing but an earlier build.
+    if strange or (entries and not (folder / CONTRACT).is_file()):
+        names = ", ".join(sorted(strange)[:5]) or "no contract.json"
+        fail(f"{target} holds other files ({names}); name a new or empty folder.")
+    return target
+
+
+def earlier_build(target: str) -> tuple[Repo | None, dict[str, Any]]:
+    """The build that the target holds, at its newest commit, and its contract; else None, {}."""
+    if is_folder(target):
+        if not (Path(target) / CONTRACT).is_file():
+            return None, {}
+        repo = Repo(target, "dataset", None, Path(target))
+        return repo, read_contract(repo, "dataset")
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import RepositoryNotFoundError
+
+    with hub_errors(f"look for an earlier build in {target}"):
+        try:
+            info = HfApi().repo_info(target, repo_type="dataset")
+        except RepositoryNotFoundError:
+            return None, {}
+    if not any(file.rfilename == CONTRACT for file in info.siblings or []):
+        return None, {}
+    repo = Repo(target, "dataset", info.sha)
+    return repo, read_contract(repo, "dataset")
+
+
+def publish(target: str, folder: Path, contract: dict[str, Any]) -> None:
+    """Write all files at once, one commit or one replaced folder; nothing where nothing is new."""
+    paths = [*contract["files"], CARD, CONTRACT]
+    if unchanged(target, contract):
+        print(f"{target} holds this very build; nothing is written", flush=True)
+        return
     if is_folder(target):
         try:
-            replace_folder(Path(target), files)
+            replace_folder(Path(target), folder)
         except OSError as error:
             fail(f"cannot write {target}: {error}", code=1)
-        print(f"wrote {len(files)} files to {target}", flush=True)
+        print(f"wrote {len(paths)} files to {target}", flush=True)
         return
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
     operations: list[Any] = [
-        CommitOperationAdd(path_in_repo=path, path_or_fileobj=content)
-        for path, content in files.items()
+        CommitOperationAdd(path_in_repo=path, path_or_fileobj=folder / path) for path in paths
     ]
     with hub_errors(f"write to the dataset repo {target}"):
         for path in HfApi().list_repo_files(target, repo_type="dataset"):
-            if path.endswith(".parquet") and path not in files:
+            if path.endswith(".parquet") and path not in paths:
                 operations.append(CommitOperationDelete(path_in_repo=path))
         revision = commit(target, "dataset", operations, f"Build with {SCRIPT}")
-    print(f"wrote {len(files)} files to {target}@{revision}", flush=True)
+    print(f"wrote {len(paths)} files to {target}@{revision}", flush=True)
 
 
-def replace_folder(folder: Path, files: dict[str, bytes]) -> None:
-    """Write a new folder beside the old one, then swap them: neither is ever seen half-written."""
-    new, old = (folder.with_name(f".{folder.name}.{state}") for state in ("new", "old"))
-    if old.exists() and not folder.exists():
-        old.rename(folder)  # a run before was stopped between the two renames
+def unchanged(target: str, contract: dict[str, Any]) -> bool:
+    """Whether the target holds the same rows by the same rules, its files as they were."""
+    essential = json.loads(json_bytes(contract))
+    _, earlier = earlier_build(target)
+    for one in (essential, earlier):
+        for key in UNESSENTIAL:
+            one.pop(key, None)
+    if essential != earlier:
+        return False
+    sizes = {path: file["bytes"] for path, file in contract["files"].items()}
+    if is_folder(target):
+        found = [path for path in Path(target).rglob("*.parquet")]
+        hashes = {
+            path.relative_to(target).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
+            for path in found
+        }
+        return hashes == {path: file["sha256"] for path, file in contract["files"].items()}
+    from huggingface_hub import HfApi
+    from huggingface_hub.hf_api import RepoFile
+
+    with hub_errors(f"list {target}"):
+        tree = HfApi().list_repo_tree(target, repo_type="dataset", recursive=True)
+        files = [item for item in tree if isinstance(item, RepoFile)]
+    parquet = {file.path: file for file in files if file.path.endswith(".parquet")}
+    return {path: file.size for path, file in parquet.items()} == sizes and all(
+        file.lfs is None or file.lfs.sha256 == contract["files"][path]["sha256"]
+        for path, file in parquet.items()
+    )
+
+
+def replace_folder(target: Path, source: Path) -> None:
+    """Copy to a new folder beside the old one, then swap: neither is seen half-written."""
+    new, old = (target.with_name(f".{target.name}.{state}") for state in ("new", "old"))
+    if old.exists() and not target.exists():
+        old.rename(target)  # a run before was stopped between the two renames
     shutil.rmtree(new, ignore_errors=True)
     shutil.rmtree(old, ignore_errors=True)
-    for path, content in files.items():
-        (new / path).parent.mkdir(parents=True, exist_ok=True)
-        (new / path).write_bytes(content)
-    if folder.exists():
-        folder.rename(old)
-    new.rename(folder)
+    shutil.copytree(source, new)
+    if target.exists():
+        target.rename(old)
+    new.rename(target)
     shutil.rmtree(old, ignore_errors=True)
 
 
 def json_bytes(content: Any) -> bytes:
     """Strict JSON as it is committed."""
     return (json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
+
+
+# --- posts to forget -------------------------------------------------------------------------
+
+
+def read_forgotten(path: str | None, targets: list[str]) -> dict[str, list[str]]:
+    """The ids to leave out: those of the file, and those that an earlier build has left out.
+
+    `revisions` and `adapters` name what has seen them, as far as this token can see.
+    """
+    forgotten: dict[str, list[str]] = {"ids": [], "revisions": [], "adapters": []}
+    for target in targets:
+        _, earlier = earlier_build(target)
+        for key, values in earlier.get("forgotten", {}).items():
+            forgotten[key] += [value for value in values if value not in forgotten[key]]
+    if forgotten["ids"]:
+        print(
+            f"{len(forgotten['ids'])} posts were to be forgotten before, and still are", flush=True
+        )
+    if path is None:
+        return forgotten
+    asked = [line.strip() for line in read_text(path).splitlines() if line.strip()]
+    if not asked:
+        fail(f"--forget {Path(path).name} holds no id. Write one a line.")
+    new = [post for post in dict.fromkeys(asked) if post not in forgotten["ids"]]
+    forgotten["ids"] += new
+    for target in targets:
+        if new and not is_folder(target):
+            revisions = revisions_with(target, set(new))
+            adapters = adapters_of(target, {name.partition("@")[2] for name in revisions})
+            forgotten["revisions"] += [x for x in revisions if x not in forgotten["revisions"]]
+            forgotten["adapters"] += [x for x in adapters if x not in forgotten["adapters"]]
+    return forgotten
+
+
+def revisions_with(target: str, ids: set[str]) -> list[str]:
+    """The commits of a dataset repo whose rows hold one of the ids."""
+    import pyarrow.parquet
+    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub.errors import RepositoryNotFoundError
+
+    found = []
+    with hub_errors(f"look for the posts in earlier commits of {target}"):
+        try:
+            commits = HfApi().list_repo_commits(target, repo_type="dataset")
+        except RepositoryNotFoundError:
+            return []
+        for entry in commits:
+            folder = snapshot_download(
+                target,
+                repo_type="dataset",
+                revision=entry.commit_id,
+                allow_patterns=["unified/*.parquet"],
+            )
+            for file in Path(folder).glob("unified/*.parquet"):
+                if ids & set(pyarrow.parquet.read_table(file, columns=["id"])["id"].to_pylist()):
+                    found.append(f"{target}@{entry.commit_id}")
+                    break
+    return found
+
+
+def adapters_of(target: str, revisions: set[str]) -> list[str]:
+    """The adapters, and models merged from them, that were trained on one of the commits.
+
+    Only the repos of the token's and the dataset's owner are looked through.
+    """
+    from huggingface_hub import HfApi, hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError
+
+    api, contracts = HfApi(), {}
+    for owner in sorted({own_namespace(), target.partition("/")[0]}):
+        with hub_errors(f"list the models of {owner}"):
+            for model in api.list_models(author=owner):
+                with contextlib.suppress(EntryNotFoundError, ValueError):
+                    file = hf_hub_download(model.id, CONTRACT)
+                    contracts[model.id] = json.loads(Path(file).read_text(encoding="utf-8"))
+    adapters = {
+        name
+        for name, contract in contracts.items()
+        if isinstance(dataset := contract.get("dataset"), dict)
+        and dataset.get("repo") == target
+        and dataset.get("revision") in revisions
+    }
+    merged = {
+        name
+        for name, contract in contracts.items()
+        if adapters & {one.get("repo") for one in contract.get("inputs", [])}
+    }
+    return sorted(adapters | merged)
+
+
+def report_forgotten(build: Build) -> None:
+    """Say what still holds the forgotten posts, and how to be rid of it."""
+    forgotten = build.forgotten
+    if not forgotten["ids"]:
+        return
+    copies = build.repeats.get("copies_of_forgotten_posts", 0)
+    print(f"\nforgotten: {len(forgotten['ids'])} posts and {copies} copies of them")
+    for name in forgotten["revisions"]:
+        print(f"  saw them: dataset {name}")
+    for name in forgotten["adapters"]:
+        print(f"  saw them: model {name}")
+    if forgotten["revisions"]:
+        print(
+            "The commits above still hold them: HfApi().super_squash_history and "
+            "permanently_delete_lfs_files erase them. Train the models above again."
+        )
+    print("Repos of other owners, downloads and predictions were not looked for.", flush=True)
 
 
 # --- errors, arguments and repos, the same text in every script ------------------------------
@@ -1438,9 +2702,23 @@ def stage_record(
     }
 
 
-def prompt_messages(strategy: dict[str, str], text: str) -> list[dict[str, str]]:
-    """The messages that ask about one post: the strategy's system and user templates, filled."""
-    messages = [{"role": "user", "content": strategy["user"].replace("{text}", text)}]
+def prompt_messages(
+    strategy: dict[str, str], text: str, post: dict[str, Any] | None = None
+) -> list[dict[str, str]]:
+    """The messages that ask about one post: the strategy's system and user templates, filled.
+
+    A user template may also ask for the {target_group} and the {persona} of the post.
+    """
+    post = post or {}
+    values = {
+        "{text}": text,
+        "{target_group}": ", ".join(post.get("target_groups") or []) or "unknown",
+        "{persona}": post.get("persona") or "unknown",
+    }
+    # One pass: a post that reads {persona} stays as it is.
+    pattern = "|".join(map(re.escape, values))
+    user = re.sub(pattern, lambda match: values[match[0]], strategy["user"])
+    messages = [{"role": "user", "content": user}]
     if strategy.get("system"):
         messages.insert(0, {"role": "system", "content": strategy["system"]})
     return messages

@@ -459,7 +459,7 @@ def encode_posts(
         room = task.max_length - max(map(len, answers.values()))
         encoded = []
         for post in posts:
-            messages = post.get("prompt") or prompt_messages(task.prompt, post["text"])
+            messages = post.get("prompt") or prompt_messages(task.prompt, post["text"], post)
             encoded.append(encode_prompt(tokenizer, scaffold, messages, post["text"], room))
     for post, (_, cut) in zip(posts, encoded, strict=True):
         post["cut"] = cut
@@ -665,24 +665,29 @@ def answer_baselines(
 def answer_by_words(
     task: Task, posts: list[dict[str, Any]], training: list[dict[str, Any]]
 ) -> Answers:
-    """Logistic regression on words and parts of words: what a laptop learns in a minute."""
-    from sklearn.feature_extraction.text import TfidfVectorizer
-    from sklearn.linear_model import LogisticRegression
-    from sklearn.pipeline import make_pipeline, make_union
-
-    model = make_pipeline(
-        make_union(
-            TfidfVectorizer(ngram_range=(1, 2)),
-            TfidfVectorizer(analyzer="char_wb", ngram_range=(2, 5)),
-        ),
-        LogisticRegression(max_iter=1000),
-    )
+    """The answers of `words_model`, fitted to the train split."""
+    model = words_model()
     model.fit([post["text"] for post in training], [post["label"] for post in training])
     probabilities = model.predict_proba([post["text"] for post in posts])
     labels = [str(label) for label in model.classes_]
     predicted = [labels[row.argmax()] for row in probabilities]
     return Answers(
         "tfidf_lr", "baseline", predicted, probabilities[:, labels.index(task.positive)].tolist()
+    )
+
+
+def words_model() -> Any:
+    """TF-IDF of words and parts of words, and logistic regression: what a laptop learns at once."""
+    from sklearn.feature_extraction.text import TfidfVectorizer
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline, make_union
+
+    return make_pipeline(
+        make_union(
+            TfidfVectorizer(ngram_range=(1, 2)),
+            TfidfVectorizer(analyzer="char_wb", ngram_range=(2, 5)),
+        ),
+        LogisticRegression(max_iter=1000),
     )
 
 
@@ -2029,9 +2034,23 @@ def label_completions(
     return completions
 
 
-def prompt_messages(strategy: dict[str, str], text: str) -> list[dict[str, str]]:
-    """The messages that ask about one post: the strategy's system and user templates, filled."""
-    messages = [{"role": "user", "content": strategy["user"].replace("{text}", text)}]
+def prompt_messages(
+    strategy: dict[str, str], text: str, post: dict[str, Any] | None = None
+) -> list[dict[str, str]]:
+    """The messages that ask about one post: the strategy's system and user templates, filled.
+
+    A user template may also ask for the {target_group} and the {persona} of the post.
+    """
+    post = post or {}
+    values = {
+        "{text}": text,
+        "{target_group}": ", ".join(post.get("target_groups") or []) or "unknown",
+        "{persona}": post.get("persona") or "unknown",
+    }
+    # One pass: a post that reads {persona} stays as it is.
+    pattern = "|".join(map(re.escape, values))
+    user = re.sub(pattern, lambda match: values[match[0]], strategy["user"])
+    messages = [{"role": "user", "content": user}]
     if strategy.get("system"):
         messages.insert(0, {"role": "system", "content": strategy["system"]})
     return messages

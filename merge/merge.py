@@ -859,9 +859,23 @@ def encode_contents(tokenizer: Any, scaffold: Scaffold, contents: list[str]) -> 
     return ids + tokenizer(filled, add_special_tokens=False)["input_ids"]
 
 
-def prompt_messages(strategy: dict[str, str], text: str) -> list[dict[str, str]]:
-    """The messages that ask about one post: the strategy's system and user templates, filled."""
-    messages = [{"role": "user", "content": strategy["user"].replace("{text}", text)}]
+def prompt_messages(
+    strategy: dict[str, str], text: str, post: dict[str, Any] | None = None
+) -> list[dict[str, str]]:
+    """The messages that ask about one post: the strategy's system and user templates, filled.
+
+    A user template may also ask for the {target_group} and the {persona} of the post.
+    """
+    post = post or {}
+    values = {
+        "{text}": text,
+        "{target_group}": ", ".join(post.get("target_groups") or []) or "unknown",
+        "{persona}": post.get("persona") or "unknown",
+    }
+    # One pass: a post that reads {persona} stays as it is.
+    pattern = "|".join(map(re.escape, values))
+    user = re.sub(pattern, lambda match: values[match[0]], strategy["user"])
+    messages = [{"role": "user", "content": user}]
     if strategy.get("system"):
         messages.insert(0, {"role": "system", "content": strategy["system"]})
     return messages

@@ -35,3 +35,11 @@ def alice(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> Hub:
     """The Hub with alice logged in: what the scripts themselves find."""
     monkeypatch.setenv("HF_TOKEN", hub.token)
     return hub
+
+
+@pytest.fixture
+def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Unset the variables that the scripts read as flags."""
+    for name in [*os.environ]:
+        if name.startswith("HSD_") or name in ("DATASET_REPO", "HUB_MODEL_ID", "MAX_STEPS"):
+            monkeypatch.delenv(name)

@@ -782,6 +782,17 @@ def resolve_file(request: Request, repo: Repo, rev: str, path: str) -> tuple:
     return 200, request.store.blob(entry["sha256"]), headers
 
 
+@route("GET", "/api/models")
+def list_models(request: Request) -> list[dict]:
+    """`HfApi.list_models(author=...)`: all models that the user may see."""
+    author, found = request.query.get("author"), []
+    for kind, name in sorted(request.store.repos):
+        if kind == "models" and author in (None, name.split("/")[0]):
+            with contextlib.suppress(Refusal):
+                found.append(repo_info(request, request.repo(kind, name)))
+    return found
+
+
 @route("GET", "/api/{repo}/revision/{rev}")
 @route("GET", "/api/{repo}")
 def repo_info(request: Request, repo: Repo, rev: str = "main") -> dict:

@@ -8,11 +8,13 @@ from __future__ import annotations
 import csv
 import gzip
 import io
+import itertools
 import json
 import os
+import random
 import subprocess
 import sys
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,9 @@ from typing import Any
 import pytest
 from hub import Hub
 from huggingface_hub import CommitOperationAdd, HfApi
-from tiny import load_script
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny import load_script, read_config
 
 SCRIPT = Path(__file__).parents[1] / "datasets" / "build_unified.py"
 TARGETS = {"lgbtq": "Homosexual", "mexican": "Hispanic", "middle_east": "Arab"}
@@ -33,11 +37,8 @@ script = load_script("datasets/build_unified.py")
 
 
 @pytest.fixture(autouse=True)
-def no_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+def no_settings(clean_environment: None) -> None:
     """What somebody's shell sets must not change a test."""
-    for name in [*os.environ]:
-        if name.startswith("HSD_") or name == "DATASET_REPO":
-            monkeypatch.delenv(name)
 
 
 # --- made sources ----------------------------------------------------------------------------
@@ -60,6 +61,12 @@ def make_post(text: str, labels: str | list[str], targets: list[list[str]], **ot
     } | other
 
 
+def words(key: str) -> str:
+    """Ten made words that depend on the key: no two texts are near each other."""
+    draw = random.Random(key)
+    return " ".join("".join(draw.choices("abcdefghijklmnoprstuvw", k=6)) for _ in range(10))
+
+
 def make_posts() -> tuple[dict[str, dict], dict[str, list[str]]]:
     """Posts of every split, target and class, and those that the rules leave out."""
     posts, splits = {}, {split: [] for split in POSTS}
@@ -68,7 +75,7 @@ def make_posts() -> tuple[dict[str, dict], dict[str, list[str]]]:
             for label in ("hatespeech", "offensive", "normal"):
                 for index in range(number):
                     key = f"{split}_{target}_{label}_{index}"
-                    text = f"post {key} says so"
+                    text = f"post {key} says {words(key)}"
                     posts[key] = make_post(text, label, [[target], ["None"], [target, "Women"]])
                     splits[split].append(key)
     three = ["hatespeech", "offensive", "normal"]
@@ -76,6 +83,11 @@ def make_posts() -> tuple[dict[str, dict], dict[str, list[str]]]:
     posts["untargeted"] = make_post("nobody meant", "normal", [["None"]] * 3)
     splits["train"].append("untargeted")
     return posts, splits
+
+
+def statement_text(label: str, index: int, group: str) -> str:
+    start = f"a {label} sentence\nnumber {index} on {group} 🙂"
+    return f"{start} {words(start)}"
 
 
 def make_statements() -> list[dict[str, Any]]:
@@ -87,7 +99,7 @@ def make_statements() -> list[dict[str, Any]]:
                 toxic = label == "hate" and index >= 4
                 rows.append(
                     {
-                        "text": repr(f"a {label} sentence\nnumber {index} on {group} 🙂".encode()),
+                        "text": repr(statement_text(label, index, group).encode()),
                         "target_group": group,
                         "toxicity_ai": 3 if toxic else 2.5,
                         "toxicity_human": 3,
@@ -132,16 +144,9 @@ class Files:
         script.main([*self.write(), *flags])
         return json.loads((self.out / "contract.json").read_text(encoding="utf-8"))
 
-    def rows(self, config: str = "unified") -> list[dict[str, Any]]:
-        """Every row of a config with its split and the label's name, read from the parquet."""
-        import pyarrow.parquet
-
-        rows = []
-        for file in sorted((self.out / config).glob("*.parquet")):
-            for row in pyarrow.parquet.read_table(file).to_pylist():
-                label = script.LABELS[row["label"]]
-                rows.append(row | {"split": file.name.split("-")[0], "label": label})
-        return rows
+    def rows(self, config: str = "unified", canned: bool = False) -> list[dict[str, Any]]:
+        """Every row of a config's splits, or of its canned sets, with split and label's name."""
+        return read_config(self.out, config, canned)
 
 
 @pytest.fixture
@@ -159,16 +164,24 @@ def parquet_bytes(folder: Path) -> dict[str, bytes]:
 def test_counts_and_funnel(files: Files) -> None:
     contract = files.build()
     hatexplain, toxigen = contract["sources"]
+    rest = ["text not empty", "one label per text", "the first of each text", "no near-duplicate"]
     assert [(step["step"], step["rows"]) for step in hatexplain["steps"]] == [
         ("read", 4 * 3 * 10 + 2),
-        ("in an official split, with a majority label", 4 * 3 * 10 + 1),
-        ("about a group", 3 * 3 * 10),
-        ("text not empty and not seen before", 3 * 3 * 10),
+        ("with a majority label", 4 * 3 * 10 + 1),
+        ("in an official split", 4 * 3 * 10 + 1),
+        *((step, 3 * 3 * 10) for step in ("about a group", *rest)),
     ]
-    assert hatexplain["steps"][2]["counts"]["test"] == {
+    assert hatexplain["steps"][0]["counts"]["no split"] == {"middle_east": {"undecided": 1}}
+    assert hatexplain["steps"][0]["counts"]["train"]["no_target"] == {
+        "hatespeech": 5,
+        "offensive": 5,
+        "normal": 6,
+    }
+    assert hatexplain["steps"][3]["counts"]["test"] == {
         group: {"hatespeech": 3, "offensive": 3, "normal": 3} for group in TARGETS
     }
-    assert [step["rows"] for step in toxigen["steps"]] == [160, 120, 120, 120]
+    assert [step["rows"] for step in toxigen["steps"]] == [160, *[120] * 6]
+    assert toxigen["steps"][0]["counts"]["no split"]["no_target"] == {"hate": 20, "normal": 20}
     # HateXplain: n hate, 2n normal; ToxiGen: 70, 10 and 20 % of twenty in each cell.
     for split, (posts, statements) in {
         "train": (5, 14),
@@ -198,11 +211,33 @@ def test_official_splits_are_kept(files: Files) -> None:
 
 
 def test_top_target() -> None:
-    assert script.top_target(["None", "Arab", "Women", "Women"]) == "Women"
-    assert script.top_target(["Women", "Arab", "Arab", "Women"]) == "Women"
-    assert script.top_target(["Arab", "Women"]) == "Arab"
-    assert script.top_target(["None", "None", "None", "Arab"]) == "Arab"
-    assert script.top_target(["None"]) is None
+    assert script.top_target([["None"], ["Arab"], ["Women", "Women"]]) == "Women"
+    assert script.top_target([["Women", "Arab"], ["Arab"], ["Women"]]) == "Women"
+    assert script.top_target([["Arab"], ["Women"]]) == "Arab"
+    assert script.top_target([["None"], ["None"], ["None", "Arab"]]) == "Arab"
+    assert script.top_target([["None"]]) is None
+
+
+@pytest.mark.parametrize(
+    ("rule", "names"),
+    [("top", ["Arab"]), ("majority", ["Arab", "Women"]), ("any", ["Arab", "Women", "Islam"])],
+)
+def test_target_rule(files: Files, rule: str, names: list[str]) -> None:
+    votes = [["Arab", "Women"], ["Arab", "None"], ["Women", "Islam", "Islam"]]
+    assert script.named_targets(votes, rule) == names
+    assert script.named_targets([["None"]] * 3, rule) == []
+    mapping = {
+        "women": {"hatexplain": ["Women"], "toxigen": ["women"]},
+        "muslims": {"hatexplain": ["Islam", "Arab"], "toxigen": ["lgbtq"]},
+    }
+    (files.folder / "groups.json").write_text(json.dumps(mapping))
+    files.posts["both"] = make_post(f"about both {words('both')}", "normal", votes)
+    files.posts["islam"] = make_post(f"islam {words('islam')}", "normal", [["Islam"]] * 3)
+    files.splits["test"] += ["both", "islam"]
+    files.build("--target_rule", rule, "--groups", str(files.folder / "groups.json"))
+    [row] = [row for row in files.rows() if row["id"] == "both"]
+    assert row["target_groups"] == (["muslims"] if rule == "top" else ["women", "muslims"])
+    assert row["annotator_targets"] == votes and row["persona"] == "Arab"
 
 
 def test_a_tie_of_targets_decides_the_group(files: Files) -> None:
@@ -220,15 +255,29 @@ def test_majority() -> None:
     assert script.majority([]) is None
 
 
-@pytest.mark.parametrize("rule", ["normal", "hate", "drop"])
+@pytest.mark.parametrize("rule", ["normal", "hate", "drop", "keep"])
 def test_offensive_as(files: Files, rule: str) -> None:
     contract = files.build("--offensive_as", rule)
     rows = [row for row in files.rows() if row["label_multiclass"] == "offensive"]
-    assert {row["label"] for row in rows} == ({rule} if rule != "drop" else set())
+    label = {"keep": "offensive"}.get(rule, rule)
+    assert {row["label"] for row in rows} == ({label} if rule != "drop" else set())
     assert contract["rules"]["offensive_as"] == rule
+    assert contract["labels"] == (
+        ["normal", "offensive", "hate"] if rule == "keep" else ["normal", "hate"]
+    )
+    said = contract["label_descriptions"]
+    assert [*said] == contract["labels"] and ("offensive" in said["normal"]) == (rule == "normal")
     for row in files.rows():
-        expected = {"hatespeech": "hate", "offensive": rule}
+        expected = {"hatespeech": "hate", "offensive": label}
         assert row["label"] == expected.get(row["label_multiclass"], row["label_multiclass"])
+    for name, strategy in contract["prompts"].items():
+        assert ("offensive (rude" in strategy["system"] + strategy["user"]) == (rule == "keep")
+        for row in files.rows(name):
+            content = row["completion"][0]["content"]
+            assert (
+                script.parse_answer(strategy["answer"], content, contract["labels"])
+                == (row["label"])
+            )
 
 
 def test_marked_words_and_votes(files: Files) -> None:
@@ -263,7 +312,7 @@ def test_decode_text(stored: str, text: str) -> None:
 def test_toxigen_texts_are_decoded(files: Files) -> None:
     files.build()
     rows = {row["id"]: row for row in files.rows()}
-    assert rows["toxigen_0"]["text"] == "a hate sentence\nnumber 0 on lgbtq 🙂"
+    assert rows["toxigen_0"]["text"] == statement_text("hate", 0, "lgbtq")
     assert rows["toxigen_0"]["persona"] == "lgbtq" and rows["toxigen_0"]["toxicity_human"] == 3
 
 
@@ -300,7 +349,7 @@ def test_toxigen_train_config(files: Files) -> None:
 
 
 def test_no_text_in_two_splits(files: Files) -> None:
-    files.posts["first"] = make_post("The  Same words", "normal", [["Arab"]] * 3)
+    files.posts["first"] = make_post("The  Same words!", "hatespeech", [["Arab"]] * 3)
     files.posts["second"] = make_post("the same WORDS", "hatespeech", [["Arab"]] * 3)
     files.posts["empty"] = make_post("", "normal", [["Arab"]] * 3)
     files.splits["train"] += ["first", "empty"]
@@ -309,8 +358,12 @@ def test_no_text_in_two_splits(files: Files) -> None:
     twin["text"] = repr(b"the same\nwords")
     files.statements += [twin, repeat]
     contract = files.build()
-    steps = [[step["rows"] for step in source["steps"]] for source in contract["sources"]]
-    assert steps[0][2] - steps[0][3] == 2 and steps[1][1] - steps[1][2] == 2
+    hatexplain, toxigen = contract["sources"]
+    assert dropped(hatexplain)["text not empty"] == 1
+    assert dropped(hatexplain)["the first of each text"] == 1
+    assert dropped(toxigen)["the first of each text"] == 2
+    repeats = contract["audit"]["repeats"]
+    assert repeats["same_text"] == 3 and repeats["same_text_in_another_split"] == 2
     rows = files.rows()
     places = {script.normalise(row["text"]): row["split"] for row in rows}
     assert len(places) == len(rows) and "" not in places
@@ -319,8 +372,157 @@ def test_no_text_in_two_splits(files: Files) -> None:
     ]
 
 
+def dropped(source: dict[str, Any]) -> dict[str, int]:
+    """How many rows each step of a source's funnel left out."""
+    rows = [step["rows"] for step in source["steps"]]
+    names = [step["step"] for step in source["steps"][1:]]
+    return {name: rows[n] - rows[n + 1] for n, name in enumerate(names)}
+
+
+def test_a_text_with_two_labels_is_left_out_with_all_its_copies(files: Files) -> None:
+    text = f"disputed {words('disputed')}"
+    files.posts["one"] = make_post(text, "normal", [["Arab"]] * 3)
+    files.posts["two"] = make_post(text.upper(), "hatespeech", [["Arab"]] * 3)
+    files.splits["train"].append("one")
+    files.splits["test"].append("two")
+    contract = files.build()
+    assert dropped(contract["sources"][0])["one label per text"] == 2
+    assert contract["audit"]["repeats"]["texts_with_two_labels"] == 1
+    assert not {"one", "two"} & {row["id"] for row in files.rows()}
+
+
+def test_near_duplicates_yield_to_the_official_test_split(files: Files) -> None:
+    text = f"{words('near')} {words('by')}"
+    for name, split, end in (("a", "train", "one"), ("b", "test", "two"), ("c", "val", "six")):
+        files.posts[name] = make_post(f"{text} {end}", "normal", [["Arab"]] * 3)
+        files.splits[split].append(name)
+    twin = dict(files.statements[81])
+    twin["text"] = repr(f"{text} ten".encode())
+    files.statements.append(twin)
+    contract = files.build()
+    assert dropped(contract["sources"][0])["no near-duplicate"] == 2
+    assert dropped(contract["sources"][1])["no near-duplicate"] == 1
+    assert contract["audit"]["repeats"]["near_in_another_split"] == 3
+    assert [row["id"] for row in files.rows() if row["text"].startswith(text)] == ["b"]
+    contract = files.build("--near_duplicates", "none")
+    assert "no near-duplicate" not in dropped(contract["sources"][0])
+    assert len([row for row in files.rows() if row["text"].startswith(text)]) == 4
+
+
+def jaccard(one: str, other: str) -> float:
+    """Computed apart from the script: five-character pieces of the normalised texts."""
+    sets = []
+    for text in (one, other):
+        key = script.normalise(text)
+        sets.append({key[n : n + 5] for n in range(len(key) - 4)} or {key})
+    return len(sets[0] & sets[1]) / len(sets[0] | sets[1])
+
+
+def test_find_repeats_finds_every_near_pair() -> None:
+    """Against all pairs, on texts that differ in up to four words."""
+    draw, rows = random.Random(1), []
+    for number in range(300):
+        text = words(str(number % 60)).split()
+        for _ in range(draw.randint(0, 4)):
+            text[draw.randrange(10)] = draw.choice(["so", "the", "gardens", "no"])
+        rows.append({"text": " ".join(text), "key": script.normalise(" ".join(text))})
+    kept: list[dict[str, str]] = []
+    repeats = 0
+    for row, earlier in script.find_repeats(rows, 0.7):
+        near = [one for one in kept if jaccard(one["text"], row["text"]) >= 0.7]
+        assert (earlier is None) == (not near)
+        if earlier is None:
+            kept.append(row)
+        else:
+            repeats += 1
+            assert any(one is earlier for one in near)
+    assert repeats > 50 and len(kept) > 60
+
+
+ALPHABET = "ab B.!\u200bé"
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    texts=st.lists(
+        st.tuples(
+            st.text(ALPHABET, max_size=14),
+            st.sampled_from(["train", "validation", "test", "no split"]),
+            st.sampled_from(["normal", "hate"]),
+            st.lists(st.sampled_from(["g1", "g2"]), max_size=2, unique=True),
+        ),
+        max_size=60,
+    ),
+    seed=st.integers(0, 3),
+    threshold=st.sampled_from([None, 0.7, 1.0]),
+)
+def test_no_text_is_ever_in_two_splits(texts: list, seed: int, threshold: float | None) -> None:
+    """Whatever comes in: no normalised text in two splits, no near pair anywhere, no new row."""
+    source = script.Source("made", "Made", "mit", "", ["normal", "hate"])
+    for number, (text, split, label, groups) in enumerate(texts):
+        row = {"id": str(number), "text": script.clean(text), "label": label, "split": split}
+        row |= {"label_multiclass": label, "target_groups": groups, "source": "made"}
+        source.rows.append(script.EMPTY_ROW | row)
+    build = script.Build("Made", ["normal", "hate"], "hate", {}, [source], {}, {}, [])
+    script.drop_repeats(build, threshold)
+    free = [row for row in source.rows if row["split"] == "no split"]
+    script.assign_splits(free, seed, {"test": 20, "validation": 10})
+    build.arrange(seed)
+    places = defaultdict(set)
+    for row in build.rows:
+        places[" ".join(row["text"].casefold().split())].add(row["split"])
+        assert row["split"] in script.SPLITS and row["text"].strip()
+        _, split, label, _ = texts[int(row["id"])]
+        assert row["label"] == label and split in ("no split", row["split"])
+    assert all(len(found) == 1 for found in places.values())
+    labels = defaultdict(set)
+    for text, _, label, _ in texts:
+        labels[script.normalise(script.clean(text))].add(label)
+    assert all(len(labels[row["key"]]) == 1 for row in build.rows)
+    if threshold:
+        for one, other in itertools.combinations(build.rows, 2):
+            assert jaccard(one["text"], other["text"]) < threshold
+    canned = {row["id"] for name in script.CANNED for row in build.members.get(name, [])}
+    assert canned <= {row["id"] for row in build.rows if row["split"] == "validation"}
+
+
+@pytest.mark.parametrize(
+    ("raw", "text"),
+    [
+        ("plain <user> text &amp; more", "plain <user> text & more"),
+        ("itâ€\u2019s mojibake".replace("\u2019", "\u2122"), "it\u2019s mojibake"),
+        ("“curly” quotes stay", "“curly” quotes stay"),
+        ("\uff57\uff49de and \ufb01ne stay", "\uff57\uff49de and \ufb01ne stay"),
+        ("a\r\nb #tag @name http://x.y", "a\nb #tag @name http://x.y"),
+    ],
+)
+def test_clean_mends_encoding_and_entities_only(raw: str, text: str) -> None:
+    assert script.clean(raw) == text
+
+
+def test_a_forgotten_row_moves_no_other_row(files: Files) -> None:
+    """The split depends on seed and text: one row less shifts each cut by one row or two."""
+    files.build()
+    before = {row["id"]: row["split"] for row in files.rows()}
+    del files.statements[3]
+    files.build()
+    texts = {row["text"]: row["split"] for row in files.rows()}
+    files.statements = make_statements()
+    files.build()
+    moved = [row for row in files.rows() if texts.get(row["text"], row["split"]) != row["split"]]
+    assert len(moved) <= 3 and {row["id"]: row["split"] for row in files.rows()} == before
+
+
+def test_max_per_cell(files: Files) -> None:
+    files.build("--max_per_cell", "3")
+    cells = Counter(
+        (row["source"], row["split"], row["label"], *row["target_groups"]) for row in files.rows()
+    )
+    assert max(cells.values()) == 3 and len(cells) == 2 * 3 * 2 * 3
+
+
 def test_balance(files: Files) -> None:
-    files.build("--balance", "source_label")
+    contract = files.build("--balance", "label,source")
     cells = Counter((row["split"], row["source"], row["label"]) for row in files.rows())
     # The smallest of each split: HateXplain's hate, ToxiGen's validation rows are as many.
     assert {split: 3 * number for split, number in POSTS.items()} == {
@@ -330,7 +532,96 @@ def test_balance(files: Files) -> None:
     }
     for split in script.SPLITS:
         assert len({n for (place, *_), n in cells.items() if place == split}) == 1
-    assert len(cells) == 12
+    assert len(cells) == 12 and contract["rules"]["balance"] == "source,label"
+
+
+def test_balance_by_group_counts_a_post_of_several_groups_for_the_rarest(files: Files) -> None:
+    for key in [key for key in files.posts if "Arab" in key and "train" in key][2:]:
+        del files.posts[key]
+    votes = [["Arab", "Homosexual"]] * 3
+    for number in range(4):
+        name = f"both{number}"
+        files.posts[name] = make_post(f"{name} {words(name)}", "normal", votes)
+        files.splits["train"].append(name)
+    files.splits["train"] = [key for key in files.splits["train"] if key in files.posts]
+    files.build("--balance", "group", "--target_rule", "any", "--toxigen", "none")
+    rows = [row for row in files.rows() if row["split"] == "train"]
+    groups = Counter(
+        "middle_east" if len(r["target_groups"]) > 1 else r["target_groups"][0] for r in rows
+    )
+    assert groups == {"lgbtq": 6, "mexican": 6, "middle_east": 6}
+
+
+def test_the_whole_official_hatexplain(files: Files) -> None:
+    """Three classes, all posts, no ToxiGen: what the published figures are measured on."""
+    contract = files.build(
+        *("--toxigen", "none", "--offensive_as", "keep", "--other_posts", "keep")
+    )
+    rows = files.rows()
+    assert {split: len(ids) for split, ids in files.splits.items()} == {
+        "train": contract["rows"]["train"],
+        "val": contract["rows"]["validation"],
+        "test": contract["rows"]["test"],
+    }
+    assert {row["source"] for row in rows} == {"hatexplain"}
+    assert [row["id"] for row in rows if not row["target_groups"]]
+    assert contract["splits"]["test"]["offensive"]["no_target"] == 3
+    flags = files.write()
+    del flags[flags.index("--hatexplain") : flags.index("--toxigen")]
+    script.main([*flags, "--hatexplain", "none"])
+    contract = json.loads((files.out / "contract.json").read_text(encoding="utf-8"))
+    assert {row["source"] for row in files.rows()} == {"toxigen"}
+    assert [source["name"] for source in contract["sources"]] == ["toxigen"]
+
+
+def test_canned_sets_are_validation_posts_by_group_and_label(files: Files) -> None:
+    for split, number in (("val", 60), ("train", 5)):
+        for target in TARGETS.values():
+            for label in ("hatespeech", "normal"):
+                for index in range(number):
+                    key = f"more_{split}_{target}_{label}_{index}"
+                    size = (20, 80, 200)[index % 3]
+                    text = (f"{index} {target} {label[0]} " + words(key) * 3)[:size]
+                    files.posts[key] = make_post(text, label, [[target]] * 3)
+                    files.splits[split].append(key)
+    contract = files.build()
+    rows = files.rows("unified", canned=True)
+    sizes = Counter(row["split"] for row in rows)
+    assert sizes == {name: size for name, (size, _) in script.CANNED.items()}
+    assert {name: contract["rows"][name] for name in script.CANNED} == sizes
+    validation = {row["id"] for row in files.rows() if row["split"] == "validation"}
+    assert {row["id"] for row in rows} <= validation
+    varied = [len(row["text"]) for row in rows if row["split"] == "canned_100_size_varied"]
+    lengths = (sum(n < 50 for n in varied), sum(n > 150 for n in varied))
+    assert lengths == (30, 20)
+    for name in ("canned_50_quick", "canned_100_stratified"):
+        cells = Counter(
+            (row["label"], *row["target_groups"]) for row in rows if row["split"] == name
+        )
+        whole = Counter(
+            (row["label"], *row["target_groups"])
+            for row in files.rows()
+            if row["split"] == "validation"
+        )
+        for cell, number in whole.items():
+            share = sizes[name] * number / sum(whole.values())
+            assert abs(cells[cell] - share) <= 1, cell
+    for config in ("simple", "optimized", "instruction"):
+        assert Counter(row["split"] for row in files.rows(config, canned=True)) == sizes
+
+
+def test_stratified_gives_small_cells_one_and_never_too_many() -> None:
+    for big, size in ((1000, 50), (7, 50), (20, 3), (40, 10)):
+        rows = [
+            {"key": f"{cell} {n}", "target_groups": [cell], "label": "x"}
+            for cell, number in (("big", big), ("a", 1), ("b", 2), ("c", 9))
+            for n in range(number)
+        ]
+        drawn = script.stratified(rows, size, "s")
+        assert len(drawn) == min(size, len(rows))
+        assert len({row["key"] for row in drawn}) == len(drawn)
+        if size >= 4:
+            assert {row["target_groups"][0] for row in drawn} == {"big", "a", "b", "c"}
 
 
 def test_groups_file(files: Files) -> None:
@@ -389,10 +680,168 @@ def test_prompts_and_answers(files: Files) -> None:
     assert json.loads(answer["content"])["rationale"] == text
 
 
+def test_prompt_template(files: Files, tmp_path: Path) -> None:
+    """The source project's form; its answers, targets and doubled braces."""
+    strategies = {
+        "theirs": {
+            "name": "Theirs",
+            "description": "a policy",
+            "system_prompt": 'Answer "hate" or "normal" {as they are}.',
+            "user_template": 'About {target_group}: {text}\nFill {{"classification": ...}}',
+            "parameters": {"temperature": 0.1, "max_tokens": 512},
+        },
+        "fixed": {
+            "user_template": "{text} Is it {{labels}}?",
+            "answer_template": "Verdict: {label}.",
+        },
+    }
+    file = files.folder / "template.json"
+    file.write_text(json.dumps({"strategies": strategies}))
+    contract = files.build("--prompt_template", str(file))
+    assert [*contract["prompts"]] == ["simple", "optimized", "instruction", "theirs", "fixed"]
+    theirs = contract["prompts"]["theirs"]
+    assert theirs["parameters"] == {"temperature": 0.1, "max_tokens": 512}
+    for row in files.rows("theirs"):
+        system, user = row["prompt"]
+        assert system["content"] == 'Answer "hate" or "normal" {as they are}.'
+        [group] = row["target_groups"]
+        assert user["content"] == f'About {group}: {row["text"]}\nFill {{"classification": ...}}'
+        answer = json.loads(row["completion"][0]["content"])
+        assert answer["classification"] == row["label"] and answer["rationale"]
+    [row] = [row for row in files.rows("fixed") if row["id"] == "toxigen_0"]
+    assert row["prompt"][0]["content"] == f"{row['text']} Is it normal or hate?"
+    assert row["completion"][0]["content"] == "Verdict: hate."
+
+
+@pytest.mark.parametrize(
+    ("strategy", "message"),
+    [
+        ({"user_template": "normal or hate?"}, "must hold {text} once"),
+        (
+            {"user_template": "{text} {post} normal hate"},
+            "nothing else in braces but {target_group}",
+        ),
+        ({"user_template": '{text} {"a": normal or hate'}, "no format string"),
+        (
+            {"user_template": "{text}", "system_prompt": "hate or not"},
+            "never names the label 'norm",
+        ),
+        ({"user_template": "{text} normal hate", "answer_template": "yes"}, "{label} once"),
+        ({"user_template": ["{text}"]}, "must be a mapping with the texts"),
+        ("{text}", "must be a mapping"),
+    ],
+)
+def test_bad_prompt_template(
+    files: Files, strategy: Any, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = files.folder / "template.json"
+    file.write_text(json.dumps({"strategies": {"mine": strategy}}))
+    with pytest.raises(SystemExit) as stop:
+        files.build("--prompt_template", str(file))
+    assert stop.value.code == 2 and message in capsys.readouterr().err
+    for name in ("simple", "unified", "a b"):
+        good = {"user_template": "{text} normal or hate"}
+        file.write_text(json.dumps({"strategies": {name: good}}))
+        with pytest.raises(SystemExit):
+            files.build("--prompt_template", str(file))
+        assert "the name must be a word" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("template", "answer", "label"),
+    [
+        ("{label}", "hate", "hate"),
+        ("{label}", "not hate", None),
+        ("{label}", "hateful", None),
+        ("Label: {label}. {rationale}", "Label: not_hate. why\nnot", "not_hate"),
+        ('{"label": "{label}", "rationale": "{rationale}"}', '{"label": "hate"}', "hate"),
+        ('{"label": "{label}", "rationale": "{rationale}"}', '{"label": "Hate"}', None),
+        ('{"label": "{label}"}', '{{"label": "hate"}}', None),
+        ('{"label": "{label}"}', '["hate"]', None),
+    ],
+)
+def test_parse_answer(template: str, answer: str, label: str | None) -> None:
+    assert script.parse_answer(template, answer, ["hate", "not_hate"]) == label
+
+
+def test_persona_in_prompt_on_request_only(files: Files) -> None:
+    contract = files.build("--persona_in_prompt")
+    for name in contract["prompts"]:
+        for row, post in zip(files.rows(name), files.rows(), strict=True):
+            assert row["prompt"][-1]["content"].startswith(f"Persona: {post['persona']}\n\n")
+    assert contract["rules"]["persona_in_prompt"] is True
+    # A post without one, as of another dataset, is asked about all the same.
+    strategy = contract["prompts"]["simple"]
+    assert "Persona: unknown" in script.prompt_messages(strategy, "a post")[-1]["content"]
+
+
+# --- the audit -------------------------------------------------------------------------------
+
+
+def test_audit_finds_a_shortcut_and_measures_agreement(files: Files) -> None:
+    for statement in files.statements:
+        if statement["label"] == "hate":
+            text = script.decode_text(statement["text"], "")
+            statement["text"] = repr(text.upper().encode())
+    for key, post in files.posts.items():
+        if "_hatespeech_" in key:
+            post["annotators"][2]["label"] = "offensive"
+    contract = files.build("--offensive_as", "drop")
+    audit = contract["audit"]
+    shortcut = {(one["name"], one["data"]): one for one in audit["baselines"]}
+    found = shortcut["depth-2 tree on surface", "within test"]
+    assert found["balanced_accuracy"] > 0.75 and "share of capitals" in found["rule"]
+    warned = [w for w in contract["warnings"] if w.startswith("shortcut")]
+    assert warned and all(w in (files.out / "README.md").read_text() for w in warned)
+    assert shortcut["always hate", "test"]["f1_positive"] == round(2 * 21 / (21 + 42), 4)
+    assert shortcut["always normal", "test"]["f1_positive"] == 0
+    # 30 posts with the votes 2:1, and 30 normal ones of which all agree.
+    agreement = audit["agreement"]["all"]
+    assert (agreement["posts"], agreement["unanimous"]) == (60, 0.5)
+    # Krippendorff (2011): 1 - (n - 1) * disagreeing pairs / sum of products of the margins.
+    votes = {"hatespeech": 60, "offensive": 30, "normal": 90}
+    observed = 30 * 2 * 2 / 2
+    expected = (180**2 - sum(n * n for n in votes.values())) / 179
+    assert agreement["krippendorff_alpha"] == pytest.approx(1 - observed / expected, abs=1e-4)
+
+
+def test_half_width_is_wilsons() -> None:
+    from scipy.stats import binomtest
+
+    for part, n in ((3, 20), (15, 100), (150, 1000)):
+        interval = binomtest(part, n).proportion_ci(method="wilson")
+        assert script.half_width(n) == round(50 * (interval.high - interval.low), 1)
+    assert round(script.half_width(57)) == 9 and script.half_width(0) is None
+    cells = {"g": {"negatives": 57, "false_positive_rate_points": 9.2}}
+    cells["g"] |= {"positives": 0, "false_negative_rate_points": None}
+    assert script.cell_sentences(["g"], cells) == [
+        "The smallest cell: with 57 negatives of g, a true false positive rate of 15% is known to "
+        "± 9 points.",
+        "No positives of g: no false negative rate can be measured there.",
+    ]
+
+
+def test_tfidf_in_the_card_is_the_reports(files: Files) -> None:
+    """The builder and the evaluation fit the same model: one name, one text."""
+    evaluation = load_script("eval/eval.py")
+    contract = files.build()
+    rows = files.rows()
+    train = [row for row in rows if row["split"] == "train"]
+    test = [row for row in rows if row["split"] == "test"]
+    task = evaluation.Task("x", ["normal", "hate"], "hate", [], None, 128, "", "")
+    answers = evaluation.answer_by_words(task, test, train)
+    hits = sum(a == row["label"] for a, row in zip(answers.predicted, test, strict=True))
+    [shown] = [one for one in contract["audit"]["baselines"] if one["name"].startswith("TF-IDF")]
+    assert shown["accuracy"] == round(hits / len(test), 4)
+
+
+# --- what is written -------------------------------------------------------------------------
+
+
 def test_second_build_is_byte_identical(files: Files) -> None:
     files.build()
     first = parquet_bytes(files.out)
-    assert len(first) == 12
+    assert len(first) == 24
     files.build()
     assert parquet_bytes(files.out) == first
     files.build("--seed", "7")
@@ -423,7 +872,7 @@ def test_load_dataset_from_the_folder(
     contract = files.build()
     for config in ("unified", "simple", "optimized", "instruction"):
         data = load_dataset(str(files.out), config, cache_dir=str(tmp_path / "cache"))
-        assert list(data) == ["train", "validation", "test"]
+        assert list(data) == ["train", "validation", "test", *script.CANNED]
         for split, labels in contract["splits"].items():
             names = data[split].features["label"].int2str(data[split]["label"])
             groups = [group for groups in data[split]["target_groups"] for group in groups]
@@ -432,7 +881,7 @@ def test_load_dataset_from_the_folder(
                 assert {group: found[label, group] for group in counts} == counts
     assert data["train"].features["label"].names == ["normal", "hate"]
     card = (files.out / "README.md").read_text(encoding="utf-8")
-    assert "offensive" in card and "CDLA-Permissive-2.0" in card
+    assert "offensive" in card and "Community Data License" in card
     # The terminal shows the funnel that the card holds.
     assert capsys.readouterr().out.split("\n\nIn brackets")[0][-200:] in card
 
@@ -445,7 +894,7 @@ def test_a_folder_is_replaced_whole(files: Files) -> None:
     files.out.rename(files.folder / ".out.old")
     (files.folder / ".out.new").mkdir()
     files.build()
-    assert not stray.exists() and len(parquet_bytes(files.out)) == 12
+    assert not stray.exists() and len(parquet_bytes(files.out)) == 24
     assert not [file.name for file in files.folder.iterdir() if file.name.startswith(".")]
 
 
@@ -549,7 +998,7 @@ BAD_INPUT: dict[str, tuple[Callable[[Files], None], list[str], str]] = {
         "no human judgement",
     ),
     "unknown flag": (nothing, ["--offensive", "hate"], "--offensive_as"),
-    "unknown choice": (nothing, ["--balance", "all"], "invalid choice"),
+    "unknown choice": (nothing, ["--balance", "all"], "no list of source, label, group"),
     "truncated JSON": (truncate("dataset.json"), [], "cut off"),
     "truncated CSV": (truncate("annotated_train.csv"), [], "annotated_train.csv"),
     "truncated gzip": (gzip_cut, [], "cannot read"),
@@ -578,7 +1027,11 @@ BAD_INPUT: dict[str, tuple[Callable[[Files], None], list[str], str]] = {
     "toxicity is no number": (statement(toxicity_ai="high"), [], "'high'"),
     "no toxicity": (statement(toxicity_ai=""), ["--toxigen_label", "human"], "judgement"),
     "broken literal": (statement(text="b'\\xff\\xfe'"), [], "cannot be decoded"),
-    "no Unicode": (post(post_tokens=["a", "\ud800"]), [], "Unicode"),
+    "no Unicode": (
+        post(annotators=[{**VOTE, "label": "normal", "target": ["\ud800", "Arab"]}]),
+        ["--target_rule", "any"],
+        "Unicode",
+    ),
     "unknown group": (
         groups({"gnomes": {"hatexplain": ["Gnome"]}}),
         ["--groups", "groups.json"],
@@ -617,7 +1070,129 @@ def test_a_local_file_needs_the_splits(files: Files, capsys: pytest.CaptureFixtu
     assert stop.value.code == 2 and "needs --hatexplain_splits" in capsys.readouterr().err
 
 
+# --- posts to forget -------------------------------------------------------------------------
+
+
+def test_forget_takes_the_copies_along_and_lasts(
+    files: Files, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = files.posts["test_Arab_normal_1"]["post_tokens"]
+    copies = {"copy": " ".join(text).upper(), "near": " ".join([*text, "indeed"])}
+    for name, copy in copies.items():
+        files.posts[name] = make_post(copy, "normal", [["Arab"]] * 3)
+        files.splits["train"].append(name)
+    files.build()
+    before = {row["id"]: row["split"] for row in files.rows()}
+    ids = files.folder / "ids.txt"
+    ids.write_text("test_Arab_normal_1\n\ntoxigen_0\n")
+    contract = files.build("--forget", str(ids))
+    after = {row["id"]: row["split"] for row in files.rows()}
+    assert set(before) - set(after) == {"test_Arab_normal_1", "toxigen_0"}
+    assert not {"copy", "near"} & set(after)
+    assert contract["forgotten"]["ids"] == ["test_Arab_normal_1", "toxigen_0"]
+    printed = capsys.readouterr().out
+    assert "forgotten: 2 posts and 2 copies of them" in printed
+    assert dropped(contract["sources"][1])["not forgotten"] == 1
+    # A later build without the flag leaves them out as well.
+    contract = files.build("--seed", "9")
+    assert "were to be forgotten before, and still are" in capsys.readouterr().out
+    assert not {"test_Arab_normal_1", "toxigen_0"} & {row["id"] for row in files.rows()}
+    ids.write_text("\n")
+    with pytest.raises(SystemExit):
+        files.build("--forget", str(ids))
+    assert "holds no id" in capsys.readouterr().err
+
+
+def test_forget_lists_the_revisions_and_adapters_that_saw_them(
+    alice: Hub, files: Files, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name, api = "alice/forget-data", HfApi(endpoint=alice.endpoint, token=alice.token)
+    flags = files.write()
+    flags[flags.index("--dataset_repo") + 1] = name
+    script.main(flags)
+    script.main([*flags, "--seed", "3"])
+    second, first, _ = (commit["oid"] for commit in alice.commits(name, "dataset"))
+    for model, contract in {
+        "forget-lora": {"dataset": {"repo": name, "revision": first}},
+        "forget-other": {"dataset": {"repo": "alice/other", "revision": first}},
+        "forget-merged": {"inputs": [{"repo": "alice/forget-lora"}]},
+        "forget-plain": None,
+    }.items():
+        api.create_repo(f"alice/{model}", private=True)
+        if contract:
+            content = json.dumps(contract).encode()
+            api.upload_file(
+                path_or_fileobj=content, path_in_repo="contract.json", repo_id=f"alice/{model}"
+            )
+    ids = files.folder / "ids.txt"
+    ids.write_text("toxigen_0")
+    capsys.readouterr()
+    script.main([*flags, "--seed", "3", "--forget", str(ids)])
+    printed = capsys.readouterr().out
+    contract = json.loads(
+        (alice.repo_folder(name, "dataset") / "contract.json").read_text(encoding="utf-8")
+    )
+    assert contract["forgotten"] == {
+        "ids": ["toxigen_0"],
+        "revisions": [f"{name}@{second}", f"{name}@{first}"],
+        "adapters": ["alice/forget-lora", "alice/forget-merged"],
+    }
+    for part in (f"dataset {name}@{first}", "model alice/forget-merged", "super_squash_history"):
+        assert part in printed
+    # The same again finds nothing new, and commits nothing.
+    script.main([*flags, "--seed", "3", "--forget", str(ids)])
+    assert "nothing is written" in capsys.readouterr().out
+    assert len(alice.commits(name, "dataset")) == 4
+
+
 # --- Hub -------------------------------------------------------------------------------------
+
+
+def test_a_rebuild_commits_only_what_is_new(
+    alice: Hub, files: Files, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The same rules and inputs: no commit. Another rule, or a file changed in the repo: one."""
+    name, flags = "alice/rebuilt", files.write()
+    flags[flags.index("--dataset_repo") + 1] = name
+    script.main([*flags, "--output_dir", str(files.out)])
+    stamps = {file: file.stat().st_mtime_ns for file in files.out.rglob("*")}
+    for _ in range(2):
+        script.main([*flags, "--output_dir", str(files.out)])
+        assert capsys.readouterr().out.count("nothing is written") == 2
+    assert len(alice.commits(name, "dataset")) == 2
+    assert {file: file.stat().st_mtime_ns for file in files.out.rglob("*")} == stamps
+    folder = alice.repo_folder(name, "dataset")
+    for file in sorted(files.out.rglob("*.*")):
+        assert file.read_bytes() == (folder / file.relative_to(files.out)).read_bytes()
+
+    api = HfApi(endpoint=alice.endpoint, token=alice.token)
+    for path in ("simple/test-00000-of-00001.parquet", "unified/extra.parquet"):
+        api.upload_file(
+            path_or_fileobj=b"x" * 100, path_in_repo=path, repo_id=name, repo_type="dataset"
+        )
+        script.main(flags)
+    assert len(alice.commits(name, "dataset")) == 6
+    script.main([*flags, "--offensive_as", "drop"])
+    assert len(alice.commits(name, "dataset")) == 7
+
+
+@pytest.mark.parametrize("status", [500, 429, 412])
+def test_a_failing_commit_is_tried_again_or_said(
+    alice: Hub, files: Files, status: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name, flags = f"alice/faulty-{status}", files.write()
+    flags[flags.index("--dataset_repo") + 1] = name
+    headers = {"Retry-After": "1"} if status == 429 else {}
+    alice.add_fault(path=f"{name}/commit", method="POST", status=status, headers=headers, times=1)
+    try:
+        if status == 412:
+            with pytest.raises(SystemExit) as stop:
+                script.main(flags)
+            assert stop.value.code == 1 and "412" in capsys.readouterr().err
+        script.main(flags)
+    finally:
+        alice.clear_faults()
+    assert len(alice.commits(name, "dataset")) == 2
 
 
 def run(hub: Hub, home: Path, *flags: str, token: str | None = None) -> subprocess.CompletedProcess:
@@ -734,10 +1309,7 @@ def test_hub_sources_and_target(hub: Hub, files: Files, tmp_path: Path) -> None:
         text=True,
         timeout=120,
     )
-    sizes = {
-        split: sum(sum(counts.values()) for counts in labels.values())
-        for split, labels in contract["splits"].items()
-    }
+    sizes = contract["rows"]
     assert loaded.stdout.splitlines() == [str(sizes)] * 4, loaded.stderr
 
 

@@ -309,6 +309,19 @@ def test_who_may_see_and_change_what(hub: Hub, api: HfApi, repo_id: str) -> None
     assert not api.repo_exists(repo_id)
 
 
+def test_models_are_listed_by_author_to_those_who_may_see_them(tmp_path: Path) -> None:
+    with Hub(tmp_path) as hub:
+        alice, bob = client(hub), client(hub, "hf_bob")
+        alice.create_repo("alice/private-one", private=True)
+        alice.create_repo("alice/public-one")
+        alice.create_repo("alice/a-dataset", repo_type="dataset")
+        bob.create_repo("bob/private-two", private=True)
+        names = {"alice/private-one", "alice/public-one"}
+        assert {model.id for model in alice.list_models(author="alice")} == names
+        assert {model.id for model in bob.list_models(author="alice")} == {"alice/public-one"}
+        assert [model.id for model in bob.list_models(author="bob")] == ["bob/private-two"]
+
+
 def test_restart_keeps_everything(tmp_path: Path) -> None:
     contents = make_folder(tmp_path / "up")
     with Hub(tmp_path / "hub") as hub:

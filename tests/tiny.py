@@ -200,6 +200,20 @@ def post_rows(seed: int = 0) -> list[dict[str, Any]]:
     ]
 
 
+def read_config(folder: Path, config: str, canned: bool = False) -> list[dict[str, Any]]:
+    """Rows of a built dataset's splits, or of its canned sets, with `split` and label's name."""
+    import pyarrow.parquet
+
+    labels = json.loads((folder / "contract.json").read_text(encoding="utf-8"))["labels"]
+    rows = []
+    for file in sorted((folder / config).glob("*.parquet")):
+        if file.name.startswith("canned") == canned:
+            for row in pyarrow.parquet.read_table(file).to_pylist():
+                label = labels[row["label"]]
+                rows.append(row | {"split": file.name.split("-")[0], "label": label})
+    return rows
+
+
 def load_script(path: str) -> ModuleType:
     """Load a script as a module named after its path: `train/train.py` is script_train_train."""
     name = "script_" + path.removesuffix(".py").replace("/", "_")

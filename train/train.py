@@ -1036,7 +1036,7 @@ def read_local_data(args: argparse.Namespace) -> Data:
             row["completion"] = [answer]
             row["text"] = row["prompt"][-1]["content"] if row["prompt"] else ""
         elif prompt:
-            row["prompt"] = prompt_messages(prompt, row["text"])
+            row["prompt"] = prompt_messages(prompt, row["text"], row)
             row["completion"] = [{"role": "assistant", "content": row["label"]}]
     groups = sorted({group for row in train for group in row["target_groups"]})
     record = record_of_files(args)
@@ -3263,9 +3263,23 @@ def label_completions(
     return completions
 
 
-def prompt_messages(strategy: dict[str, str], text: str) -> list[dict[str, str]]:
-    """The messages that ask about one post: the strategy's system and user templates, filled."""
-    messages = [{"role": "user", "content": strategy["user"].replace("{text}", text)}]
+def prompt_messages(
+    strategy: dict[str, str], text: str, post: dict[str, Any] | None = None
+) -> list[dict[str, str]]:
+    """The messages that ask about one post: the strategy's system and user templates, filled.
+
+    A user template may also ask for the {target_group} and the {persona} of the post.
+    """
+    post = post or {}
+    values = {
+        "{text}": text,
+        "{target_group}": ", ".join(post.get("target_groups") or []) or "unknown",
+        "{persona}": post.get("persona") or "unknown",
+    }
+    # One pass: a post that reads {persona} stays as it is.
+    pattern = "|".join(map(re.escape, values))
+    user = re.sub(pattern, lambda match: values[match[0]], strategy["user"])
+    messages = [{"role": "user", "content": user}]
     if strategy.get("system"):
         messages.insert(0, {"role": "system", "content": strategy["system"]})
     return messages
