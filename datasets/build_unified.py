@@ -353,7 +353,7 @@ def read_hatexplain(args: argparse.Namespace, groups: dict[str, Any]) -> Source 
                 posts[post["id"]] = hub_post(post)
                 splits[post["id"]] = path.split("/")[1]
     rows, unknown = [], Unknown()
-    for key, post in progress(posts.items(), "HateXplain", len(posts)):
+    for key, post in progress(posts.items(), "HateXplain"):
         split = splits.get(key)
         rows.append(parse_post(key, post, split, source.origin, args.target_rule, unknown))
     unknown.check(source.origin, {"label": HATEXPLAIN_HUB_CLASSES})
@@ -646,11 +646,12 @@ CANNED: dict[str, tuple[int, dict[tuple[float, float], float]]] = {
     "canned_100_stratified": (100, ANY_LENGTH),
     "canned_100_size_varied": (100, {(0, 50): 0.3, (50, 151): 0.5, (151, math.inf): 0.2}),
 }
+LOG_ROWS = 50_000
 SHINGLE = 5  # characters
 PERMUTATIONS, BANDS = 128, 32
 # Figures that another machine may round otherwise, and what says nothing about the rows: a build
 # that differs in nothing else is not committed.
-UNESSENTIAL = ("created", "script_sha256", "packages", "arguments", "audit")
+UNESSENTIAL = ("created", "script_sha256", "packages", "arguments", "audit", "warnings")
 
 
 @dataclass
@@ -732,9 +733,8 @@ class Source:
         name, _, revision = argument.partition("@")
         action = f"read {argument} (a downloaded file does too: {flag} ./FILE)"
         with hub_errors(action):
-            sha = (
-                HfApi().repo_info(name, repo_type="dataset", revision=revision or self.revision).sha
-            )
+            revision = revision or self.revision
+            sha = HfApi().repo_info(name, repo_type="dataset", revision=revision).sha
             folder = Path(
                 snapshot_download(name, repo_type="dataset", revision=sha, allow_patterns=[pattern])
             )
@@ -969,12 +969,17 @@ def is_strings(value: Any) -> bool:
     return isinstance(value, list) and all(isinstance(item, str) for item in value)
 
 
-def progress(items: Iterable[Any], what: str, total: int | None = None) -> Iterable[Any]:
-    """A bar on a terminal; TQDM_DISABLE=1 and a Job's log have none."""
+def progress(items: Iterable[Any], what: str, unit: str = "rows") -> Iterator[Any]:
+    """A bar on a terminal, a line now and then in a Job's log; TQDM_DISABLE=1 shows neither."""
     from huggingface_hub.utils import tqdm
 
-    hidden = not sys.stderr.isatty() or os.environ.get("TQDM_DISABLE", "") not in ("", "0")
-    return tqdm(items, desc=what, total=total, unit=" rows", disable=hidden, leave=False)
+    silent = os.environ.get("TQDM_DISABLE", "") not in ("", "0")
+    hidden = silent or not sys.stderr.isatty()
+    bar = tqdm(items, desc=what, unit=f" {unit}", disable=hidden, leave=False)
+    for number, item in enumerate(bar):
+        if hidden and not silent and number and number % LOG_ROWS == 0:
+            print(f"{what}: {number:,} {unit}", flush=True)
+        yield item
 
 
 @functools.cache
@@ -1145,17 +1150,26 @@ def shingles(key: str) -> set[str]:
 
 
 def assign_splits(rows: list[Row], seed: int, shares: dict[str, int]) -> None:
-    """Set `split`: of each group x label the shares, in percent, by rank; the rest is train."""
+    """Set `split`: of each group x label the shares, in percent, by rank; the rest is train.
+
+    What a cell is too small to give is asked of the next one, so that many small cells together
+    give their shares too.
+    """
     cells: dict[str, list[Row]] = defaultdict(list)
     for row in rows:
         cells[f"{' '.join(row['target_groups'])} {row['label']}"].append(row)
-    for cell, members in cells.items():
+    seen, taken = 0, Counter()
+    for cell, members in sorted(cells.items()):
         members.sort(key=lambda row: rank(row, f"{seed} {cell}"))
-        splits = [
-            name for name, share in shares.items() for _ in range(len(members) * share // 100)
-        ]
-        for place, row in enumerate(members):
-            row["split"] = splits[place] if place < len(splits) else "train"
+        seen += len(members)
+        splits: list[str] = []
+        for name, share in shares.items():
+            number = min(seen * share // 100 - taken[name], len(members) - len(splits))
+            taken[name] += number
+            splits += [name] * number
+        splits += ["train"] * (len(members) - len(splits))
+        for row, split in zip(members, splits, strict=True):
+            row["split"] = split
 
 
 def canned_sets(rows: list[Row], seed: int) -> dict[str, list[Row]]:
@@ -1318,7 +1332,8 @@ def read_strategy(key: str, part: Any, origin: str) -> dict[str, Any]:
     except ValueError as error:
         fail(f"{where}: user_template is no format string ({error}). Write braces doubled.")
     fields = [field for _, field, _, _ in pieces if field is not None]
-    if fields.count("text") != 1 or set(fields) - {"text", "target_group"}:
+    user = "".join(text + (f"{{{field}}}" if field else "") for text, field, _, _ in pieces)
+    if user.count("{text}") != 1 or set(fields) - {"text", "target_group"}:
         fail(
             f"{where}: user_template must hold {{text}} once, and nothing else in braces but "
             f"{{target_group}}; it has: {', '.join(fields) or 'none'}."
@@ -1326,7 +1341,6 @@ def read_strategy(key: str, part: Any, origin: str) -> dict[str, Any]:
     answer = part.get("answer_template") or TEMPLATE_ANSWER
     if answer.count("{label}") != 1:
         fail(f"{where}: answer_template must hold {{label}} once.")
-    user = "".join(text + (f"{{{field}}}" if field else "") for text, field, _, _ in pieces)
     strategy = {
         "description": part.get("description") or part.get("name") or f"from {origin}",
         "system": part.get("system_prompt", ""),
@@ -1513,7 +1527,6 @@ def shortcut_baselines(build: Build, samples: dict[str, list[Row]]) -> list[dict
     found = []
     features = {name: [surface(row["text"]) for row in rows] for name, rows in samples.items()}
     labels = {name: [row["label"] for row in rows] for name, rows in samples.items()}
-    test = features["test"]
     for name, places in (("length", [0, 1]), ("surface", range(len(SURFACE)))):
         tree = DecisionTreeClassifier(max_depth=2, class_weight="balanced", random_state=0)
         names = [SURFACE[place] for place in places]
@@ -1529,24 +1542,30 @@ def shortcut_baselines(build: Build, samples: dict[str, list[Row]]) -> list[dict
             predicted = list(cross_val_predict(tree, chosen["test"], labels["test"], cv=folds))
             rule = tree_rule(tree.fit(chosen["test"], labels["test"]), names)
             found.append(judged(title, "within test", labels["test"], predicted, build, rule))
-    if "train" in samples and len(test):
-        for name in ("source", "persona"):
-            predicted, rule = commonest_labels(samples, name)
+    if "train" in samples:
+        # What a prompt asks with is known to the model; the source never is.
+        asked = any(
+            name in strategy["user"]
+            for strategy in build.prompts.values()
+            for name in ("{persona}", "{target_group}")
+        )
+        for name, seen in (("source", False), ("persona", asked)):
+            predicted = commonest_labels(samples, name)
+            rule = f"the commonest label of each {name}" if seen else ""
             found.append(
                 judged(f"the {name} alone", "train to test", labels["test"], predicted, build, rule)
             )
     return found
 
 
-def commonest_labels(samples: dict[str, list[Row]], column: str) -> tuple[list[str], str]:
+def commonest_labels(samples: dict[str, list[Row]], column: str) -> list[str]:
     """Answer each test row with the commonest train label of its value in a column."""
     labels: dict[str, Counter[str]] = defaultdict(Counter)
     for row in samples["train"]:
         labels[row[column]][row["label"]] += 1
     commonest = Counter(row["label"] for row in samples["train"]).most_common(1)[0][0]
     answers = {value: counts.most_common(1)[0][0] for value, counts in labels.items()}
-    predicted = [answers.get(row[column], commonest) for row in samples["test"]]
-    return predicted, f"the commonest label of each {column}"
+    return [answers.get(row[column], commonest) for row in samples["test"]]
 
 
 def tree_rule(tree: Any, names: list[str]) -> str:
@@ -1592,7 +1611,7 @@ def word_baselines(build: Build, samples: dict[str, list[Row]]) -> list[dict[str
 def judged(
     name: str, data: str, truth: list[str], predicted: list[str], build: Build, rule: str
 ) -> dict[str, Any]:
-    """The figures of one baseline; one with a rule reads no word, so it should know nothing."""
+    """The figures of one baseline; with a rule it is one that should know nothing."""
     from sklearn.metrics import accuracy_score, f1_score, recall_score
 
     present = sorted(set(truth))
@@ -1776,18 +1795,19 @@ def write_configs(build: Build, folder: Path) -> dict[str, dict[str, Any]]:
     common = {name: unified[name] for name in ("id", "text", "label", "target_groups")}
     sft = Features({"prompt": messages, "completion": messages, **common})
     files = {}
-    for split in build.members:
-        rows = build.members[split]
-        path = parquet_path("unified", split)
-        write_parquet(folder / path, rows, Features(unified), lambda row: row)
-        for name, strategy in build.prompts.items():
+    configs = ("unified", *build.prompts)
+    pairs = [*itertools.product(build.members, configs)]
+    for split, name in progress(pairs, "writing", "files"):
+        path, rows = parquet_path(name, split), build.members[split]
+        if name == "unified":
+            write_parquet(folder / path, rows, Features(unified), lambda row: row)
+        else:
+            strategy = build.prompts[name]
             example = functools.partial(sft_row, name=name, strategy=strategy, build=build)
-            write_parquet(folder / parquet_path(name, split), rows, sft, example)
-        for name in ("unified", *build.prompts):
-            path = parquet_path(name, split)
-            content = (folder / path).read_bytes()
-            sha256 = hashlib.sha256(content).hexdigest()
-            files[path] = {"rows": len(rows), "bytes": len(content), "sha256": sha256}
+            write_parquet(folder / path, rows, sft, example)
+        content = (folder / path).read_bytes()
+        sha256 = hashlib.sha256(content).hexdigest()
+        files[path] = {"rows": len(rows), "bytes": len(content), "sha256": sha256}
     return files
 
 
@@ -1805,7 +1825,7 @@ def write_parquet(
     path.parent.mkdir(exist_ok=True)
     names, schema = features["label"].names, features.arrow_schema
     with pyarrow.parquet.ParquetWriter(path, schema) as writer:
-        for start in progress(range(0, len(rows), 5_000), f"{path.parent.name}/{path.name}"):
+        for start in range(0, len(rows), 5_000):
             values = [convert(row) for row in rows[start : start + 5_000]]
             values = [{key: row[key] for key in features} for row in values]
             for row in values:
@@ -1814,8 +1834,10 @@ def write_parquet(
 
 
 def check_files(build: Build, folder: Path) -> dict[str, int]:
-    """Read what was written back: no text in two splits of any configs, no canned set outside
-    validation. Return the counts, which are 0."""
+    """Read what was written back, and count texts that stand where they must not: none may.
+
+    That is a text in two splits of any configs, and one of a canned set outside validation.
+    """
     import pyarrow.parquet
 
     keys = {row["id"]: row["key"] for row in build.rows}

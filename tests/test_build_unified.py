@@ -500,6 +500,15 @@ def test_clean_mends_encoding_and_entities_only(raw: str, text: str) -> None:
     assert script.clean(raw) == text
 
 
+def test_many_small_cells_together_give_their_shares() -> None:
+    rows = [
+        {"key": f"{n}", "target_groups": [f"g{n // 2}"], "label": "x", "split": "no split"}
+        for n in range(200)
+    ]
+    script.assign_splits(rows, 1, {"test": 20, "validation": 10})
+    assert Counter(row["split"] for row in rows) == {"train": 140, "test": 40, "validation": 20}
+
+
 def test_a_forgotten_row_moves_no_other_row(files: Files) -> None:
     """The split depends on seed and text: one row less shifts each cut by one row or two."""
     files.build()

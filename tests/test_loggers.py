@@ -401,9 +401,12 @@ def small_trainer(folder: Path, report_to: str, steps: int) -> Any:
 def test_a_raising_logger_is_named_once_and_left_out(
     train: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
+    import wandb
+
+    # No W&B run is open, so each of its calls raises; another file's test may have left one.
+    wandb.finish()
     trainer = small_trainer(tmp_path, "wandb", 4)
     kinds = [type(callback) for callback in trainer.callback_handler.callbacks]
-    # No W&B run is open, so each of its calls raises.
     train.guard_loggers(trainer)
     trainer.train()
     assert trainer.state.global_step == 4
