@@ -983,7 +983,7 @@ def split_lists(**changes: Any) -> Callable[[Files], None]:
 
 def few_statements(files: Files) -> None:
     """Leave too few statements for a test split, and no posts in it."""
-    files.statements = [row for row in files.statements if "number 1 " in row["text"]]
+    files.statements = [row for row in files.statements if "number 1 on lgbtq" in row["text"]]
     files.splits["test"] = []
     files.write()
 
