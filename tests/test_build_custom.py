@@ -5,7 +5,6 @@ pytest tests/test_build_custom.py
 
 from __future__ import annotations
 
-import csv
 import gzip
 import json
 from collections import Counter
@@ -15,7 +14,7 @@ from typing import Any
 import pytest
 from hub import Hub
 from huggingface_hub import HfApi
-from tiny import load_script, made_posts, read_config, write_sources
+from tiny import load_script, made_posts, read_config, write_csv, write_jsonl, write_sources
 
 script = load_script("datasets/build_custom.py")
 COLUMNS = ("--text_column", "post", "--label_column", "verdict", "--group_column", "about")
@@ -48,13 +47,9 @@ def write(file: Path, rows: list[dict[str, Any]]) -> Path:
 
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), file)
     elif file.suffix == ".jsonl":
-        lines = [json.dumps(row) + "\n" for row in rows]
-        file.write_text("".join(lines), encoding="utf-8")
+        write_jsonl(file, rows)
     else:
-        with file.open("w", newline="", encoding="utf-8") as stream:
-            writer = csv.DictWriter(stream, [*rows[0]])
-            writer.writeheader()
-            writer.writerows(rows)
+        write_csv(file, rows)
     return file
 
 

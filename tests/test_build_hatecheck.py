@@ -5,20 +5,16 @@ pytest tests/test_build_hatecheck.py
 
 from __future__ import annotations
 
-import csv
 import json
 from collections import Counter
 from pathlib import Path
-from typing import Any
 
 import pytest
 from hub import Hub
 from huggingface_hub import HfApi
-from tiny import load_script, read_config
+from tiny import IDENTITIES, load_script, made_cases, read_config, write_csv
 
 script = load_script("datasets/build_hatecheck.py")
-NAMES = ["women", "trans people", "gay people", "black people", "disabled people", "Muslims"]
-NAMES += ["immigrants"]
 
 
 @pytest.fixture(autouse=True)
@@ -26,50 +22,10 @@ def no_settings(clean_environment: None) -> None:
     """What somebody's shell sets must not change a test."""
 
 
-def cases() -> list[dict[str, Any]]:
-    """Per identity two hateful templates and a contrast of each; some cases about nobody."""
-    rows: list[dict[str, Any]] = []
-
-    def add(text: str, gold: str, identity: str, functionality: str, twin: str = "") -> str:
-        rows.append(
-            {
-                "": len(rows),
-                "functionality": functionality,
-                "case_id": len(rows) + 1,
-                "test_case": text,
-                "label_gold": gold,
-                "target_ident": identity,
-                "direction": "general" if identity else "",
-                "focus_words": "dislike",
-                "focus_lemma": "dislike",
-                "ref_case_id": twin,
-                "ref_templ_id": f"{100 + len(rows)}.0" if twin else "",
-                "templ_id": len(rows) % 7,
-            }
-        )
-        return f"{rows[-1]['case_id']}.0"
-
-    for name in NAMES:
-        for verb in ("dislike", "can't stand"):
-            hateful = add(f"I {verb} {name}.", "hateful", name, "derog_neg_emote_h")
-            add(f"I would never {verb} {name}.", "non-hateful", name, "negate_neg_nh", hateful)
-    for thing in ("rain", "mud", "noise"):
-        add(f"I dislike {thing}.", "non-hateful", "", "target_obj_nh")
-    return rows
-
-
-def write(folder: Path, rows: list[dict[str, Any]]) -> Path:
-    with (folder / "test.csv").open("w", newline="", encoding="utf-8") as stream:
-        writer = csv.DictWriter(stream, [*rows[0]])
-        writer.writeheader()
-        writer.writerows(rows)
-    return folder / "test.csv"
-
-
 def test_cases_keep_what_makes_them_tests(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    file, out = write(tmp_path, cases()), tmp_path / "out"
+    file, out = write_csv(tmp_path / "test.csv", made_cases()), tmp_path / "out"
     script.main(["--hatecheck", str(file), "--output_dir", str(out)])
     contract = json.loads((out / "contract.json").read_text(encoding="utf-8"))
     rows = read_config(out, "unified")
@@ -88,7 +44,7 @@ def test_cases_keep_what_makes_them_tests(
     assert "14 cases name their twin in ref_case_id, 14 of them" in contract["rules"]["contrasts"]
     groups = Counter(group for row in rows for group in row["target_groups"])
     assert groups.pop("lgbtq") == 8
-    assert groups == {name.lower().replace(" ", "_"): 4 for name in NAMES}
+    assert groups == {name.lower().replace(" ", "_"): 4 for name in IDENTITIES}
     assert [row["id"] for row in rows if not row["target_groups"]]
     # Templates are near each other by design: none is left out.
     assert "repeats" not in contract["rules"]
@@ -119,12 +75,11 @@ def test_the_published_counts_raise_no_warning() -> None:
 def test_bad_cases(
     tmp_path: Path, change: dict[str, str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    rows = cases()
+    rows = made_cases()
     rows[0] |= change
+    file = write_csv(tmp_path / "test.csv", rows)
     with pytest.raises(SystemExit) as stop:
-        script.main(
-            ["--hatecheck", str(write(tmp_path, rows)), "--output_dir", str(tmp_path / "o")]
-        )
+        script.main(["--hatecheck", str(file), "--output_dir", str(tmp_path / "o")])
     assert stop.value.code == 2 and message in capsys.readouterr().err
     assert not (tmp_path / "o").exists()
 
@@ -134,7 +89,7 @@ def test_hub_source_and_a_repo_that_has_no_train_split(alice: Hub, tmp_path: Pat
 
     api = HfApi(endpoint=alice.endpoint, token=alice.token)
     api.create_repo("alice/hatecheck", repo_type="dataset")
-    file = write(tmp_path, cases())
+    file = write_csv(tmp_path / "test.csv", made_cases())
     api.upload_file(
         repo_id="alice/hatecheck",
         repo_type="dataset",

@@ -5,7 +5,6 @@ pytest tests/test_build_twitter.py
 
 from __future__ import annotations
 
-import csv
 import json
 import random
 from collections import Counter
@@ -15,7 +14,7 @@ from typing import Any
 import pytest
 from hub import Hub
 from huggingface_hub import HfApi
-from tiny import load_script, read_config
+from tiny import load_script, read_config, write_csv
 
 script = load_script("datasets/build_twitter.py")
 CATEGORIES = [group["twitter"][0] for group in script.CATEGORIES.values()]
@@ -49,10 +48,7 @@ def write(folder: Path, files: dict[str, list[dict[str, Any]]]) -> list[str]:
     """Write both files; return the flags that name them."""
     flags = ["--output_dir", str(folder / "out")]
     for split, rows in files.items():
-        with (folder / f"{split}.csv").open("w", newline="", encoding="utf-8") as stream:
-            writer = csv.DictWriter(stream, [*rows[0]])
-            writer.writeheader()
-            writer.writerows(rows)
+        write_csv(folder / f"{split}.csv", rows)
         flags += [f"--{split}_csv", str(folder / f"{split}.csv")]
     return flags
 

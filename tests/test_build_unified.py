@@ -5,7 +5,6 @@ python -m pytest tests/test_build_unified.py
 
 from __future__ import annotations
 
-import csv
 import gzip
 import io
 import itertools
@@ -24,7 +23,7 @@ from hub import Hub
 from huggingface_hub import CommitOperationAdd, HfApi
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import load_script, read_config
+from tiny import load_script, read_config, write_csv
 
 SCRIPT = Path(__file__).parents[1] / "datasets" / "build_unified.py"
 TARGETS = {"lgbtq": "Homosexual", "mexican": "Hispanic", "middle_east": "Arab"}
@@ -109,14 +108,6 @@ def make_statements() -> list[dict[str, Any]]:
     return rows
 
 
-def csv_text(rows: list[dict[str, Any]]) -> str:
-    stream = io.StringIO()
-    writer = csv.DictWriter(stream, fieldnames=list(rows[0]))
-    writer.writeheader()
-    writer.writerows(rows)
-    return stream.getvalue()
-
-
 class Files:
     """Source files in a folder, and the script run on them."""
 
@@ -128,16 +119,16 @@ class Files:
 
     def write(self) -> list[str]:
         """Write the sources; return the flags that name them."""
-        texts = {
-            "hatexplain": ("dataset.json", json.dumps(self.posts)),
-            "hatexplain_splits": ("post_id_divisions.json", json.dumps(self.splits)),
-            "toxigen": ("annotated_train.csv", csv_text(self.statements)),
+        paths = {
+            "hatexplain": self.folder / "dataset.json",
+            "hatexplain_splits": self.folder / "post_id_divisions.json",
+            "toxigen": self.folder / "annotated_train.csv",
         }
-        flags = ["--dataset_repo", str(self.out)]
-        for flag, (name, text) in texts.items():
-            (self.folder / name).write_text(text, encoding="utf-8", newline="")
-            flags += [f"--{flag}", str(self.folder / name)]
-        return flags
+        paths["hatexplain"].write_text(json.dumps(self.posts), encoding="utf-8")
+        paths["hatexplain_splits"].write_text(json.dumps(self.splits), encoding="utf-8")
+        write_csv(paths["toxigen"], self.statements)
+        flags = [part for flag, path in paths.items() for part in (f"--{flag}", str(path))]
+        return ["--dataset_repo", str(self.out), *flags]
 
     def build(self, *flags: str) -> dict[str, Any]:
         """Run the script in this process; return the contract it wrote."""

@@ -106,6 +106,26 @@ def test_the_report_stands_beside_the_adapter(hub: Hub, chain: Path) -> None:
     assert len(predictions) == sum(sum(groups.values()) for groups in sizes.values())
 
 
+def test_canned_posts_and_hatecheck_are_scored_too(
+    hub: Hub, chain: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", hub.token)
+    monkeypatch.chdir(chain.parents[2])
+    evaluate, checks = load_script("eval/eval.py").main, "alice/chain-hatecheck"
+    evaluate(["--adapter", ADAPTER, "--split", "canned_50_quick"])
+    report = json.loads((chain.parent / "canned_50_quick/metrics.json").read_text(encoding="utf-8"))
+    rows = contract(hub, DATA, "dataset")["rows"]
+    assert report["strategies"][0]["overall"]["n"] == rows["canned_50_quick"] > 0
+    cases = tiny.write_csv(Path("cases.csv"), tiny.made_cases())
+    load_script("datasets/build_hatecheck.py").main(
+        ["--hatecheck", str(cases), "--dataset_repo", checks]
+    )
+    evaluate(["--adapter", ADAPTER, "--dataset_repo", checks, "--output_dir", "hatecheck"])
+    report = json.loads(next(Path("hatecheck").rglob("metrics.json")).read_text(encoding="utf-8"))
+    groups = report["strategies"][0]["groups"]
+    assert groups["women"]["n"] == 4 and groups["lgbtq"]["n"] == 8
+
+
 def test_the_merged_model_stands_alone(hub: Hub, chain: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

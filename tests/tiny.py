@@ -116,6 +116,51 @@ def write_sources(folder: Path, seed: int = 0) -> dict[str, Path]:
     return files
 
 
+IDENTITIES = ["women", "trans people", "gay people", "black people", "disabled people", "Muslims"]
+IDENTITIES += ["immigrants"]
+
+
+def made_cases() -> list[dict[str, Any]]:
+    """Cases in the form of HateCheck: two hateful and two contrasts per identity; three of none."""
+    rows: list[dict[str, Any]] = []
+
+    def add(text: str, gold: str, identity: str, functionality: str, twin: str = "") -> str:
+        rows.append(
+            {
+                "": len(rows),
+                "functionality": functionality,
+                "case_id": len(rows) + 1,
+                "test_case": text,
+                "label_gold": gold,
+                "target_ident": identity,
+                "direction": "general" if identity else "",
+                "focus_words": "dislike",
+                "focus_lemma": "dislike",
+                "ref_case_id": twin,
+                "ref_templ_id": f"{100 + len(rows)}.0" if twin else "",
+                "templ_id": len(rows) % 7,
+            }
+        )
+        return f"{rows[-1]['case_id']}.0"
+
+    for name in IDENTITIES:
+        for verb in ("dislike", "can't stand"):
+            hateful = add(f"I {verb} {name}.", "hateful", name, "derog_neg_emote_h")
+            add(f"I would never {verb} {name}.", "non-hateful", name, "negate_neg_nh", hateful)
+    for thing in ("rain", "mud", "noise"):
+        add(f"I dislike {thing}.", "non-hateful", "", "target_obj_nh")
+    return rows
+
+
+def write_csv(file: Path, rows: list[dict[str, Any]]) -> Path:
+    """Write rows as CSV with a header."""
+    with file.open("w", newline="", encoding="utf-8") as stream:
+        writer = csv.DictWriter(stream, [*rows[0]])
+        writer.writeheader()
+        writer.writerows(rows)
+    return file
+
+
 def save_tokenizer(folder: Path, chat_template: str | None = CHAT_TEMPLATE) -> Any:
     """Train a byte-level BPE tokenizer on the made posts; without a template: no pad token."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
