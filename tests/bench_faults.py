@@ -741,6 +741,58 @@ def newest_deleted(bench: Bench, repo: str) -> Outcome:
     return damaged(bench, repo, damage, named=False)
 
 
+# --- rows: a Job's own restarts --------------------------------------------------------------
+
+
+def jobs_of_one_step(bench: Bench, repo: str, flags: list[str], **options: Any) -> list[Any]:
+    """Run a training of three steps as a Job whose deadline passes at each; return all its jobs."""
+    api, run = bench.api(), ["--max_steps", "3"]
+    before = {job.id for job in api.list_jobs(namespace="alice")}
+    command = [sys.executable, str(TRAIN), *bench.flags, "--hub_model_id", repo, *run]
+    api.run_job(
+        image="python:3.12",
+        command=[*command, "--stop_after", "1s", *flags],
+        flavor="cpu-basic",
+        namespace="alice",
+        secrets={"HF_TOKEN": bench.hub.token},
+        env={"OMP_NUM_THREADS": "1"},
+        timeout=900,
+        **options,
+    )
+
+    def jobs() -> list[Any]:
+        return [job for job in reversed(list(api.list_jobs(namespace="alice"))) if job.id not in before]
+
+    ended = lambda: jobs()[-1].status.stage == "COMPLETED"  # noqa: E731
+    wait_until(ended, lambda: f"a completed job: {[job.status for job in jobs()]}")
+    weights, curve = outcome_of(bench.hub.root, repo)
+    expected = outcome_of(bench.hub.root, bench.reference(*run).repo)
+    expect((weights, curve) == expected, "weights or curve differ from the uninterrupted run's")
+    check_head(bench.hub.root, repo)
+    return jobs()
+
+
+@row
+def attempts(bench: Bench, repo: str) -> Outcome:
+    """Job with --attempts 4 pauses at its deadline and is started again by the platform"""
+    jobs = jobs_of_one_step(bench, repo, [], attempts=4)
+    log = "".join(bench.api().fetch_job_logs(job_id=jobs[0].id, namespace="alice"))
+    pauses = re.findall(r"paused at step (\d)", log)
+    expect(len(jobs) == 1 and pauses == ["1", "2"], f"{len(jobs)} jobs, paused at {pauses}")
+    return Outcome("step 1, 2", 0, "checkpoint-1, -2")
+
+
+@row
+def relay(bench: Bench, repo: str) -> Outcome:
+    """Job with --relay 5 --budget 1 hands over to the next at each deadline"""
+    jobs = jobs_of_one_step(bench, repo, ["--relay", "5", "--budget", "1"])
+    stages = [job.status.stage for job in jobs]
+    expect(stages == ["ERROR", "ERROR", "COMPLETED"], f"the jobs ended as {stages}")
+    codes = [job.status.message for job in jobs[:2]]
+    expect(all("75" in code for code in codes), f"the first two ended with {codes}")
+    return Outcome("step 1, 2", 0, "checkpoint-1, -2")
+
+
 # --- rows: several trainers ------------------------------------------------------------------
 
 

@@ -247,6 +247,23 @@ def test_output_that_nobody_reads_any_more_does_not_end_the_run(train: ModuleTyp
         assert not steady.isatty()
 
 
+def test_a_hang_up_is_heard_although_its_terminal_is_gone() -> None:
+    """The standard streams are pipes that nobody reads, as after a dropped SSH line."""
+    code = (
+        "import os, signal; signal.signal(signal.SIGHUP, signal.SIG_DFL); import tiny; "
+        "train = tiny.load_script('train/train.py'); stop = train.Stop(); stop.training = True\n"
+        "with stop.listening(): os.kill(os.getpid(), signal.SIGHUP)\n"
+        "os._exit(7 if stop.reason == 'SIGHUP' else 1)"
+    )
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as gone:
+        done = subprocess.run(
+            [sys.executable, "-c", code], cwd=ROOT / "tests", stdout=gone, stderr=gone, check=False
+        )
+    assert done.returncode == 7
+
+
 def test_a_signal_before_the_first_step_ends_at_once(
     train: ModuleType, alice: Hub, argv: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -494,7 +511,7 @@ def test_the_end_lists_what_there_is(
     printed = capsys.readouterr().out
     head = alice.commits("alice/receipt")[0]["oid"][:8]
     assert f"artefacts in alice/receipt@{head}:" in printed
-    for name in ("adapter_model.safetensors", "contract.json", "checkpoint-8/", "checkpoint-12/"):
+    for name in ("adapter_model.safetensors", "contract.json", "training.log", "checkpoint-12/"):
         assert re.search(rf"(?m)^  {re.escape(name)} +\d+\.\d+ MB$", printed), name
     assert "its scores of two probe posts differ by 0.0e+00" in printed
     assert re.search(r"phases: start .* download .* load .* train .* push \d", printed)
@@ -824,7 +841,9 @@ def test_a_relay_hands_over_at_the_deadline_only(
     )
     at_step(monkeypatch, train, 4, lambda: os.kill(os.getpid(), signal.SIGTERM))
     end(train, run, 75)
-    assert "relay: not run again" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "relay: not run again" in printed
+    assert re.search(r"about \d+ min and \d+\.\d\d \$ of this machine are left", printed)
     monkeypatch.undo()
     for name, value in (("JOB_ID", job), ("HF_TOKEN", alice.token)):
         monkeypatch.setenv(name, value)

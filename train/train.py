@@ -918,8 +918,8 @@ def check_same_run(args: argparse.Namespace, earlier: dict[str, Any], store: Sto
     documented = vars(args).keys()
     rows = []
     for key in (key for key in {**was, **now} if was.get(key) != now.get(key)):
-        # A flag that an older version of this script did not have is no change.
         rule = RESUME_RULES.get(key, EQUAL)
+        # A flag that an older version of this script did not have is no change.
         if rule == NEW or (key in documented and key not in was):
             continue
         if rule == FREE:
@@ -1353,10 +1353,15 @@ class Stop:
             fail(f"{name} before the first step: nothing is lost. Submit the same command.", PAUSED)
         if self.reason and number == signal.SIGINT:
             # What was committed stands; without this the exit waits for an upload under way.
-            os.write(2, b"error: stopped at once; the newest pushed checkpoint stands.\n")
+            self.tell("error: stopped at once; the newest pushed checkpoint stands.")
             os._exit(1)
         self.reason = self.reason or name
-        os.write(1, f"{name}: this step is finished, saved and pushed\n".encode())
+        self.tell(f"{name}: this step is finished, saved and pushed")
+
+    def tell(self, line: str) -> None:
+        """Write past Python's buffers, which no handler may enter; a dead terminal is no error."""
+        with contextlib.suppress(OSError):
+            os.write(2, f"{line}\n".encode())
 
 
 class Phases:
@@ -2169,7 +2174,7 @@ def finish(run: Run, trainer: Any, tokenizer: Any) -> None:
         with hub_errors(f"push to {store.name}"), contextlib.suppress(TakenOver):
             store.push({CONTRACT: as_json(contract)}, "Take the end back")
         fail(f"the adapter in {store.name} scores otherwise than the trained one.", code=1)
-    print_receipt(run, names, difference)
+    print_receipt(run, [*names, RUN_LOG], difference)
     print(f"next: uv run eval/eval.py --adapter {store.repo or store.folder.resolve()}", end="")
     print("" if "repo" in contract["dataset"] else " --test_file POSTS.jsonl", flush=True)
 
