@@ -618,7 +618,8 @@ def check_rows(build: Build) -> None:
                     "could be measured. Change the rules, or say --allow_empty_cells true."
                 )
             if empty:
-                gaps.append(f"{group} {label} ({', '.join(empty)})")
+                where = "" if len(empty) == len(build.splits) else f" ({', '.join(empty)})"
+                gaps.append(f"{group} {label}{where}")
     if gaps:
         build.warnings.append(f"no posts in these cells: {'; '.join(gaps)}")
 
@@ -953,13 +954,20 @@ def commonest_labels(samples: dict[str, list[Row]], column: str) -> list[str]:
 
 
 def tree_rule(tree: Any, names: list[str]) -> str:
-    """A fitted tree as one line of text."""
-    from sklearn.tree import export_text
+    """A fitted tree as one line of text: the conditions of each leaf, and its label."""
+    inner, leaves = tree.tree_, []
 
-    text = export_text(tree, feature_names=names, decimals=2, show_weights=False)
-    return "; ".join(
-        line.replace("|   ", "> ").replace("|---", "").strip() for line in text.split("\n") if line
-    )
+    def walk(node: int, conditions: list[str]) -> None:
+        if inner.children_left[node] < 0:
+            label = tree.classes_[inner.value[node][0].argmax()]
+            leaves.append(f"{label} if {' and '.join(conditions) or 'a post'}")
+            return
+        name, cut = names[inner.feature[node]], f"{inner.threshold[node]:.2f}"
+        walk(inner.children_left[node], [*conditions, f"{name} <= {cut}"])
+        walk(inner.children_right[node], [*conditions, f"{name} > {cut}"])
+
+    walk(0, [])
+    return "; ".join(leaves)
 
 
 def word_baselines(build: Build, samples: dict[str, list[Row]]) -> list[dict[str, Any]]:
