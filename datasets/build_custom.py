@@ -97,7 +97,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     flag("--group_column", help="names of target groups: a list, or text parted by |")
     flag("--split_column", help="train, validation, test; val and dev are validation")
     flag("--id_column", help="by default ids come from the texts")
-    flag("--keep_columns", nargs="+", help="further columns to keep, for slices of the report")
+    flag("--keep_columns", nargs="+", help="further columns to keep, of names without spaces")
     flag = parser.add_argument_group("rules").add_argument
     flag(
         "--label_map",
@@ -138,25 +138,28 @@ def main(argv: list[str] | None = None) -> None:
     targets = choose_targets(args, f"hsd-{args.run_name or 'custom'}")
     forgotten = read_forgotten(args.forget, targets)
     before = earlier_rows(targets) if args.append else Earlier({}, [], {})
-    source = read_input(args, label_map, before)
+    source, groups = read_input(args, label_map, before, forgotten)
     build = Build(
         title=before.contract.get("title", args.title),
         labels=choose_labels(label_map, args.positive_label, before),
         positive=args.positive_label,
-        groups=choose_groups(args, source, before),
-        sources=[*before.sources, source],
+        groups=groups,
+        sources=[source],
         rules=describe_input_rules(args, label_map, before),
         label_descriptions=describe_label_map(label_map, before),
         language=before.contract.get("language", args.language),
-        allow_empty_cells=args.allow_empty_cells,
+        # What an earlier build lacks, as Hate Speech Twitter lacks negatives, it may lack again.
+        allow_empty_cells=args.allow_empty_cells or args.append,
         forgotten=forgotten,
-        columns=before.columns | dict.fromkeys(args.keep_columns or [], str),
+        columns=dict.fromkeys(args.keep_columns or [], str) | before.columns,
+        agreement=before.contract.get("audit", {}).get("agreement", {}),
     )
     divide_input(build, args, before)
-    if before.contract and not source.rows:
-        print(f"{targets[-1]} has all of these posts already; nothing is written", flush=True)
+    if before.contract and not source.rows and not forgotten.asked:
+        print(f"no post of {source.origin} is new; {targets[-1]} stays what it is", flush=True)
         return
     build.prompts = before.contract.get("prompts") or fill_prompts(build, templates)
+    drop_forgotten(build)
     deliver(build, args, targets)
     report_forgotten(build)
 
@@ -176,7 +179,8 @@ def check_input_flags(args: argparse.Namespace) -> dict[str, str | None]:
     if args.append and args.prompt_template:
         fail("--append keeps the prompts of the build; --prompt_template cannot change them.")
     used = [args.text_column, args.label_column, args.group_column, args.split_column]
-    if taken := {*(args.keep_columns or [])} & {*used, *EMPTY_ROW, "id", "text", "label", "prompt"}:
+    names = {*used, *EMPTY_ROW, *INTERNAL, "id", "text", "label"}
+    if taken := {*(args.keep_columns or [])} & names:
         fail(f"--keep_columns {min(taken)}: the name is taken. Rename the column in the input.")
     return read_label_map(args.label_map)
 
@@ -190,7 +194,12 @@ def read_label_map(value: str | None) -> dict[str, str | None]:
         text = read_text(existing_file("label_map", value))
     mapping = parse_json(text, "--label_map")
     labels = mapping.values() if isinstance(mapping, dict) else [0]
-    if not all(label is None or (isinstance(label, str) and label.strip()) for label in labels):
+    valid = [
+        isinstance(label, str) and label.strip() == label != "" and label.isprintable()
+        for label in labels
+        if label is not None
+    ]
+    if not all(valid):
         fail('--label_map must be a mapping such as {"1": "hate", "0": "normal", "2": null}.')
     return mapping
 
@@ -218,28 +227,23 @@ def choose_labels(label_map: dict[str, str | None], positive: str, before: Earli
 
 
 def choose_groups(
-    args: argparse.Namespace, source: Source, before: Earlier
+    args: argparse.Namespace, rows: list[Row], origin: str, before: Earlier
 ) -> dict[str, dict[str, Any]]:
     """The groups of --groups, else the names found; an earlier build's come first."""
-    names = dict.fromkeys(name for row in source.rows for name in row["targets"])
+    names = {name for row in rows for name in row["targets"]}
     found = {
-        name: {"input": [name], "description": f"named {name} in {source.origin}"}
+        name: {"input": [name], "description": f"named {name} in {origin}"}
         for name in sorted(names)
     }
     groups = read_groups(args.groups, ["input"], found)
     if args.groups:
-        check_group_names(groups, "input", {*names})
-    for row in source.rows:
+        check_group_names(groups, "input", names)
+    check_reserved(groups)
+    for row in rows:
         row["target_groups"] = groups_of(row, "input", groups)
-    earlier = {
-        name: {"description": text}
-        for name, text in before.contract.get("group_descriptions", {}).items()
-    }
-    return (
-        groups | earlier
-        if not earlier
-        else earlier | {name: group for name, group in groups.items() if name not in earlier}
-    )
+    descriptions = before.contract.get("group_descriptions", {})
+    earlier = {name: {"description": text} for name, text in descriptions.items()}
+    return earlier | {name: group for name, group in groups.items() if name not in earlier}
 
 
 def describe_input_rules(
@@ -273,9 +277,12 @@ def describe_label_map(label_map: dict[str, str | None], before: Earlier) -> dic
 # --- the posts -------------------------------------------------------------------------------
 
 
-def read_input(args: argparse.Namespace, label_map: dict[str, Any], before: Earlier) -> Source:
-    """Read the posts, map their labels, and drop those whose label is mapped to nothing."""
-    stem = re.sub(r"\W+", "_", args.input.partition("@")[0].rpartition("/")[2].partition(".")[0])
+def read_input(
+    args: argparse.Namespace, label_map: dict[str, Any], before: Earlier, forgotten: Forgotten
+) -> tuple[Source, dict[str, dict[str, Any]]]:
+    """Read the posts, map their labels and groups, and drop those whose label is mapped to null."""
+    place = args.input if is_local_file(args.input) else args.input.partition("@")[0]
+    stem = re.sub(r"\W+", "_", place.rpartition("/")[2].partition(".")[0])
     taken = {source.name for source in before.sources}
     numbered = (f"{stem}_{number}" for number in itertools.count(2))
     name = next(name for name in itertools.chain([stem], numbered) if name not in taken)
@@ -283,11 +290,9 @@ def read_input(args: argparse.Namespace, label_map: dict[str, Any], before: Earl
     source = Source(
         name, args.title, args.licence, "Brought by the builder's user.", [*classes, "none"]
     )
-    needed = [args.text_column, args.label_column]
-    needed += [
-        column for column in (args.group_column, args.split_column, args.id_column) if column
-    ]
-    needed += args.keep_columns or []
+    columns = (args.text_column, args.label_column, args.group_column, args.split_column)
+    needed = [column for column in (*columns, args.id_column) if column]
+    needed = [*dict.fromkeys([*needed, *(args.keep_columns or [])])]
     if is_local_file(args.input):
         source.set_file(args.input)
         records = ((None, record) for record in read_records(args.input, needed))
@@ -296,21 +301,24 @@ def read_input(args: argparse.Namespace, label_map: dict[str, Any], before: Earl
     rows, unknown, left = [], Unknown(), {}
     for split, record in progress(records, "posts"):
         left |= dict.fromkeys(record.keys() - {*needed})
-        row = parse_record(record, args, source.name, label_map, unknown)
+        row = parse_record(record, args, name, label_map, unknown)
         if args.split_column:
             split = str(record[args.split_column]).strip().lower()
             unknown.see("split", split, split in SPLIT_NAMES)
         row["official_split"] = SPLIT_NAMES.get(split)
         row["split"] = row["official_split"] or UNSPLIT
+        forgotten.see(row)
         rows.append(row)
-    unknown.check(source.origin, {"label": [*label_map], "split": [*SPLIT_NAMES]})
+    known = {"text": ["plain text"], "label": [*label_map], "split": [*SPLIT_NAMES]}
+    unknown.check(source.origin, known)
     if not rows:
         fail(f"{source.origin} holds no post.")
     if left:
         print(f"columns left out: {', '.join(map(repr, sorted(left)))}; see --keep_columns")
+    groups = choose_groups(args, rows, source.origin, before)
     source.keep("read", rows)
     source.keep("with a label", [row for row in rows if row["label"] is not None])
-    return source
+    return source, groups
 
 
 def parse_record(
@@ -322,13 +330,12 @@ def parse_record(
     key = key if key in label_map else key.lower().removesuffix(".0")
     unknown.see("label", value, key in label_map)
     label = label_map.get(key)
-    groups = record[args.group_column] if args.group_column else None
-    if not isinstance(groups, list):
-        groups = str(groups or "").split("|")
-    names = [name for group in groups if (name := " ".join(clean(str(group)).split()))]
-    text = clean(str(record[args.text_column] or ""))
+    text = record[args.text_column]
+    unknown.see("text", text, not isinstance(text, (list, dict)))
+    text = clean(as_text(text))
     digest = hashlib.blake2b(normalise(text).encode(), digest_size=8).hexdigest()
-    kept = {name: str(record[name] or "") for name in args.keep_columns or []}
+    names = group_names(record[args.group_column]) if args.group_column else []
+    kept = {name: as_text(record[name]) for name in args.keep_columns or []}
     return EMPTY_ROW | {
         "id": str(record[args.id_column]) if args.id_column else f"{source}_{digest}",
         "text": text,
@@ -339,6 +346,19 @@ def parse_record(
         "targets": names,
         **kept,
     }
+
+
+def as_text(value: Any) -> str:
+    """A cell as text; an empty one has none."""
+    return "" if value is None else str(value)
+
+
+def group_names(value: Any) -> list[str]:
+    """The names in a cell: a list, or text parted by |; missing values name nobody."""
+    names = value if isinstance(value, list) else as_text(value).split("|")
+    # NaN is what tables hold for nothing, and is no equal of itself.
+    present = [as_text(name) for name in names if name == name]
+    return [name for text in present if (name := " ".join(clean(text).split()))]
 
 
 def read_records(path: str, needed: list[str]) -> Iterator[Row]:
@@ -363,7 +383,7 @@ def read_json_lines(path: str, needed: list[str], hint: str) -> Iterator[Row]:
                 continue
             try:
                 record = json.loads(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 fail(f"{name} line {number} is no JSON, or the file is cut off: {error}")
             if not isinstance(record, dict):
                 fail(f"{name} line {number} is no object but {type(record).__name__}.")
@@ -375,15 +395,21 @@ def read_hub_records(
     args: argparse.Namespace, source: Source, needed: list[str]
 ) -> Iterator[tuple[str, Row]]:
     """Yield each record of a Hub dataset with the name of its split, if that is one of ours."""
-    from datasets import ClassLabel, load_dataset
+    from datasets import ClassLabel, get_dataset_config_names, load_dataset
+    from datasets.exceptions import DatasetsError
     from huggingface_hub import HfApi
 
     name, _, revision = args.input.partition("@")
-    action = f"read {args.input} (a downloaded file does too: --input ./FILE)"
+    action = f"read {args.input} (its downloaded file does too: --input ./FILE)"
     with hub_errors(action):
         sha = HfApi().repo_info(name, repo_type="dataset", revision=revision or "main").sha
         source.origin, source.hub = name, Repo(name, "dataset", sha)
         try:
+            configs = get_dataset_config_names(name, revision=sha)
+            if args.input_config and args.input_config not in configs:
+                fail(f"{name} has no config {args.input_config}, but: {', '.join(configs)}.")
+            if not args.input_config and len(configs) > 1:
+                fail(f"{name} has several configs; --input_config is one of {', '.join(configs)}.")
             splits = load_dataset(name, args.input_config, revision=sha)
         except RuntimeError as error:
             if "Dataset scripts are no longer supported" not in str(error):
@@ -392,39 +418,55 @@ def read_hub_records(
                 f"cannot {action}: it holds a loading script, which `datasets` no longer runs. Its "
                 f"parquet branch, if there is one: --input {name}@refs/convert/parquet."
             )
+        except DatasetsError as error:
+            reason = str(error.__cause__ or error).splitlines()[0]
+            fail(f"cannot {action}: its files are damaged or of several forms. {reason}")
     for split, data in splits.items():
         hint = "Name the columns by --text_column, --label_column, --group_column."
         check_columns(needed, data.column_names, f"{name} ({split})", hint)
-        label = data.features[args.label_column]
-        for record in data.select_columns([*dict.fromkeys(needed)]):
-            value = record[args.label_column]
-            if isinstance(label, ClassLabel) and value is not None and value >= 0:
-                record[args.label_column] = label.int2str(value)
+        classes = {
+            column: feature
+            for column, feature in data.features.items()
+            if column in needed and isinstance(feature, ClassLabel)
+        }
+        for record in data.select_columns(needed):
+            for column, feature in classes.items():
+                value = record[column]
+                known = value is not None and value >= 0
+                record[column] = feature.int2str(value) if known else None
             yield split, record
 
 
 def divide_input(build: Build, args: argparse.Namespace, before: Earlier) -> None:
-    """Drop repeats, and give a split to the posts that bring none."""
-    source = build.sources[-1]
-    steps = [source.steps for source in before.sources]
-    known = {normalise(row["text"]) for row in build.rows if row["source"] != source.name}
-    if before.contract:
-        rows = [row for row in source.rows if normalise(row["text"]) not in known]
-        source.keep("not in the build already", rows)
-    order = ("test", "validation", "train", UNSPLIT)
-    source.rows.sort(key=lambda row: order.index(row["split"]))
-    drop_repeats(build, args.near_duplicates)
+    """Drop repeats, give a split to the posts that bring none, and join an earlier build."""
+    [source] = build.sources
+    settled = [row for earlier in before.sources for row in earlier.rows]
+    for row in settled:
+        row |= {"key": normalise(row["text"]), "forgotten": False}
+    drop_repeats(build, args.near_duplicates, settled)
     unsplit = [row for row in source.rows if row["split"] == UNSPLIT]
     assign_splits(unsplit, args.seed, {"test": 20, "validation": 10})
     # A source that has only some of the splits gives up a part of its train split for the others.
-    found = {row["split"] for row in build.rows}
+    found = {row["split"] for row in [*settled, *source.rows]}
     train = [row for row in source.rows if row["split"] == "train"]
     shares = {"test": 20, "validation": 10}
     assign_splits(train, args.seed, {name: n for name, n in shares.items() if name not in found})
     source.keep("split by group and label", source.rows)
-    # The earlier sources were counted when they were read.
-    for earlier, counted in zip(before.sources, steps, strict=True):
-        earlier.steps = counted
+    if not source.rows and before.contract:
+        print(funnel_table({"groups": [*build.groups], "sources": [source.as_record()]}))
+        # The build stays what it is, but for posts to be forgotten.
+        build.sources, build.rules = before.sources, before.contract["rules"]
+        build.groups = {name: build.groups[name] for name in before.contract["groups"]}
+        build.columns = before.columns
+    else:
+        build.sources = [*before.sources, source]
+    if not args.groups:
+        # Groups that the data alone names go with their last post.
+        left = {name for row in build.rows for name in row["target_groups"]}
+        build.groups = {name: group for name, group in build.groups.items() if name in left}
+    for row in build.rows:
+        for name, kind in build.columns.items():
+            row.setdefault(name, [] if kind is list else "")
 
 
 # --- the build that is there already ---------------------------------------------------------
@@ -447,12 +489,22 @@ def earlier_rows(targets: list[str]) -> Earlier:
     repo, contract = earlier_build(target)
     if repo is None:
         fail(f"--append: {target} holds no build yet. Build it first, without --append.")
+    needed = {"title", "language", "labels", "positive_label", "label_descriptions", "prompts"}
+    needed |= {"groups", "group_descriptions", "rules", "sources", "audit"}
+    if missing := needed - contract.keys():
+        fail(
+            f"--append: the build in {target} is of an older script, and lacks "
+            f"{', '.join(sorted(missing))}. Build it again first."
+        )
     folder, rows, columns = repo.fetch("unified/*.parquet"), [], {}
     for split in SPLITS:
         file = folder / parquet_path("unified", split)
         if not file.is_file():
             fail(f"--append: {target} has no split {split}. It can be appended to only as a whole.")
-        table = pyarrow.parquet.read_table(file)
+        try:
+            table = pyarrow.parquet.read_table(file)
+        except (pyarrow.ArrowException, OSError) as error:
+            fail(f"--append: {file.name} of {target} is damaged: {error}")
         for row in table.to_pylist():
             row["label"] = contract["labels"][row["label"]]
             rows.append(row | {"split": split})
@@ -477,7 +529,7 @@ Row = dict[str, Any]
 SPLITS = ("train", "validation", "test")
 NO_TARGET = "no_target"
 UNSPLIT = "no split"
-# What a row holds where its source says nothing; `key`, `targets` and `split` are not published.
+# What a row holds where its source says nothing.
 EMPTY_ROW: Row = {
     "label_multiclass": "",
     "target_groups": [],
@@ -490,6 +542,10 @@ EMPTY_ROW: Row = {
     "toxicity_ai": None,
     "official_split": None,
 }
+# What a row holds on its way only: its normalised text, the source's names of its targets, its
+# split, and whether it or a copy of it is to be forgotten.
+INTERNAL = ("key", "targets", "split", "forgotten")
+RESERVED_GROUPS = (NO_TARGET, "all", "")
 # Canned sets: how many posts, and of which lengths in characters (from, below) and shares.
 ANY_LENGTH = {(0, math.inf): 1.0}
 CANNED: dict[str, tuple[int, dict[tuple[float, float], float]]] = {
@@ -500,9 +556,10 @@ CANNED: dict[str, tuple[int, dict[tuple[float, float], float]]] = {
 LOG_ROWS = 50_000
 SHINGLE = 5  # characters
 PERMUTATIONS, BANDS = 128, 32
-# Figures that another machine may round otherwise, and what says nothing about the rows: a build
-# that differs in nothing else is not committed.
-UNESSENTIAL = ("created", "script_sha256", "packages", "arguments", "audit", "warnings")
+# What says nothing about the rows, and figures that another machine may round otherwise: a build
+# of the same script that differs in nothing else is not written.
+UNESSENTIAL = ("created", "script_sha256", "packages", "arguments")
+FIGURES = ("audit", "warnings")
 
 
 @dataclass
@@ -557,6 +614,7 @@ class Source:
     hub: Repo | None = None
     sha256: str | None = None
     rows: list[Row] = field(default_factory=list)
+    voted: list[Row] = field(default_factory=list)  # as annotated, undecided ones included
     steps: list[dict[str, Any]] = field(default_factory=list)
 
     def keep(self, step: str, rows: list[Row]) -> None:
@@ -577,37 +635,33 @@ class Source:
                     digest.update(portion)
         self.sha256 = digest.hexdigest()
 
-    def open_hub(self, argument: str, flag: str, pattern: str) -> dict[str, Path]:
-        """Download the files that match the pattern at one commit; return them by their path."""
+    def open_hub(self, argument: str, pattern: str, instead: str) -> dict[str, Path]:
+        """Download the files that match the pattern at one commit; return them by their path.
+
+        `instead` are the flags by which the source's files are read from a folder.
+        """
         from huggingface_hub import HfApi, snapshot_download
 
         name, _, revision = argument.partition("@")
-        action = f"read {argument} (a downloaded file does too: {flag} ./FILE)"
+        action = f"read {argument} (its downloaded files do too: {instead})"
         with hub_errors(action):
             revision = revision or self.revision
             sha = HfApi().repo_info(name, repo_type="dataset", revision=revision).sha
-            folder = Path(
-                snapshot_download(name, repo_type="dataset", revision=sha, allow_patterns=[pattern])
-            )
-        self.origin, self.hub = name, Repo(name, "dataset", sha)
-        files = {
-            file.relative_to(folder).as_posix(): file
-            for file in sorted(folder.rglob("*"))
-            if fnmatch.fnmatch(file.relative_to(folder).as_posix(), pattern)
-        }
-        if not files:
-            with hub_errors(action):
-                there = HfApi().list_repo_files(name, repo_type="dataset", revision=sha)
-            if any(path.endswith(".py") for path in there):
+            there = HfApi().list_repo_files(name, repo_type="dataset", revision=sha)
+            paths = sorted(path for path in there if fnmatch.fnmatch(path, pattern))
+            if not paths and any(path.endswith(".py") for path in there):
                 fail(
                     f"cannot {action}: {name} holds a loading script, which `datasets` no longer "
-                    f"runs, and no {pattern}. Its parquet branch, if there is one: "
-                    f"{flag} {name}@refs/convert/parquet."
+                    f"runs, and no {pattern}. Its branch {name}@refs/convert/parquet may hold it."
                 )
-            fail(
-                f"cannot {action}: it holds no {pattern}, but {', '.join(there[:5]) or 'nothing'}."
+            if not paths:
+                shown = ", ".join(there[:5]) or "nothing"
+                fail(f"cannot {action}: it holds no {pattern}, but {shown}.")
+            folder = snapshot_download(
+                name, repo_type="dataset", revision=sha, allow_patterns=paths
             )
-        return files
+        self.origin, self.hub = name, Repo(name, "dataset", sha)
+        return {path: Path(folder, path) for path in paths}
 
     def as_record(self) -> dict[str, Any]:
         return {
@@ -636,12 +690,13 @@ class Build:
     label_descriptions: dict[str, str]
     language: list[str]
     allow_empty_cells: bool = True
-    forgotten: dict[str, list[str]] = field(default_factory=lambda: {"ids": []})
+    forgotten: Forgotten = field(default_factory=lambda: Forgotten())
     splits: tuple[str, ...] = SPLITS
     columns: dict[str, Any] = field(default_factory=dict)  # further ones of `unified`, and types
     prompts: dict[str, dict[str, Any]] = field(default_factory=dict)
     members: dict[str, list[Row]] = field(default_factory=dict)  # of splits and canned sets
     repeats: dict[str, int] = field(default_factory=dict)
+    agreement: dict[str, Any] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
 
     @property
@@ -662,6 +717,10 @@ class Build:
             rows = [row for row in self.rows if row["split"] == split]
             self.members[split] = sorted(rows, key=lambda row: rank(row, f"{seed} order"))
         self.members |= canned_sets(self.members.get("validation", []), seed)
+        for name, (size, _) in CANNED.items():
+            if 0 < len(self.members.get(name, [])) < size:
+                found = len(self.members[name])
+                self.warnings.append(f"{name} holds {found}: validation has no {size} such posts")
 
 
 def add_split_flags(parser: Parser) -> None:
@@ -731,7 +790,8 @@ def split_rules(args: argparse.Namespace) -> dict[str, Any]:
     return {
         "same text": "letters and digits alone, case and width folded",
         "one label": "a text that has two labels is left out with all its copies",
-        "repeats": "the first of test, validation, train, no split is kept; the sources in order",
+        "repeats": "of test, validation, train, no split the first is kept, then the first by a "
+        "hash of the text; the sources in order",
         "near_duplicates": pieces if threshold else None,
     }
 
@@ -771,15 +831,19 @@ def read_text(path: str) -> str:
 
 
 def parse_json(text: str, path: str) -> Any:
+    def refuse(constant: str) -> NoReturn:
+        raise ValueError(f"{constant} is no JSON")
+
     try:
-        return json.loads(text)
-    except ValueError as error:
+        return json.loads(text, parse_constant=refuse)
+    except (ValueError, RecursionError) as error:
         fail(f"{Path(path).name} is no JSON, or is cut off: {error}")
 
 
 def read_csv(path: str | Path, columns: Sequence[str], hint: str = "") -> Iterator[Row]:
     """Yield the rows of a CSV file; one of another length, as at a cut, is an error."""
     name = Path(path).name
+    csv.field_size_limit(2**31 - 1)
     with file_errors(path), io.TextIOWrapper(open_bytes(path), "utf-8-sig", newline="") as text:
         reader = csv.DictReader(text, strict=True)
         try:
@@ -875,12 +939,17 @@ def read_groups(
     if not valid or not groups:
         example = {"women": {source: ["Women"] for source in sources} | {"description": "..."}}
         fail(f"--groups {Path(path).name} must hold a mapping such as {json.dumps(example)}.")
-    if reserved := {NO_TARGET, ""} & groups.keys():
-        fail(f"--groups {Path(path).name}: a group cannot be called {min(reserved)!r}.")
+    check_reserved(groups)
     for group in groups.values():
         names = [f"{source}: {', '.join(group[source])}" for source in sources if group.get(source)]
         group.setdefault("description", "; ".join(names))
     return groups
+
+
+def check_reserved(groups: Iterable[str]) -> None:
+    """End on a group whose name means something else in tables and reports."""
+    if reserved := {*RESERVED_GROUPS} & {*groups}:
+        fail(f"a group cannot be called {min(reserved)!r}; map it to another name by --groups.")
 
 
 def groups_of(row: Row, source: str, groups: dict[str, dict[str, Any]]) -> list[str]:
@@ -907,12 +976,20 @@ def check_group_names(
 def normalise(text: str) -> str:
     """The form in which two texts count as the same: letters and digits, case and width folded."""
     folded = unicodedata.normalize("NFKC", text).casefold()
+    if folded.isascii():
+        words = re.findall(r"[a-z0-9]+", folded)
+    else:
+        # Marks are letters' parts in many scripts; signs of no width (Cf) part no word.
+        kept = (sign for sign in folded if unicodedata.category(sign) != "Cf")
+        words = "".join(
+            sign if unicodedata.category(sign)[0] in "LMN" else " " for sign in kept
+        ).split()
     # A text of signs alone is compared by its signs.
-    return " ".join(re.findall(r"\w+", folded)) or " ".join(folded.split())
+    return " ".join(words) or " ".join(folded.split())
 
 
 def rank(row: Row, salt: str) -> bytes:
-    """A pseudo-random place that depends on the text alone: a new post moves no other post."""
+    """A pseudo-random place that depends on the text alone, not on the file or its order."""
     return hashlib.blake2b(f"{salt}\0{row['key']}".encode(), digest_size=8).digest()
 
 
@@ -923,51 +1000,61 @@ def drop_empty(build: Build) -> None:
     build.keep("text not empty", [row for row in build.rows if row["key"]])
 
 
-def drop_repeats(build: Build, threshold: float | None) -> None:
-    """Keep one post of each text, and none that has two labels or is to be forgotten.
+def drop_repeats(build: Build, threshold: float | None, settled: Sequence[Row] = ()) -> None:
+    """Keep one post of each text, and none of a text that has two labels.
 
-    The rows of a source come in their order of precedence. Forgotten posts come first of all, so
-    that their copies go with them.
+    `settled` rows stay whatever they are; the build's rows yield to them. Rows are compared in the
+    order of their sources, splits and ranks, so that the order of a file decides nothing.
     """
     drop_empty(build)
-    forgotten = set(build.forgotten["ids"])
     labels: dict[str, set[str]] = defaultdict(set)
     for row in build.rows:
-        if row["id"] not in forgotten:
-            labels[row["key"]].add(row["label"])
+        labels[row["key"]].add(row["label"])
     conflicts = {key for key, found in labels.items() if len(found) > 1}
-    rows = [row for row in build.rows if row["key"] not in conflicts or row["id"] in forgotten]
-    build.keep("one label per text", rows)
+    build.keep("one label per text", [row for row in build.rows if row["key"] not in conflicts])
 
-    counts: Counter[str] = Counter(texts_with_two_labels=len(conflicts))
+    splits = ("test", "validation", "train", UNSPLIT)
+    rows = [
+        row
+        for source in build.sources
+        for row in sorted(
+            source.rows, key=lambda row: (splits.index(row["split"]), rank(row, ""), row["id"])
+        )
+    ]
+    counts = Counter({"texts_with_two_labels": len(conflicts)})
     for kind in ("same_text", "near"):
         for what in ("", "_in_another_split", "_with_another_label"):
             counts[f"{kind}{what}"] = 0
-    kept: list[Row] = []
-    first_only: list[Row] = []
-    rows = sorted(build.rows, key=lambda row: row["id"] not in forgotten)
-    for row, earlier in find_repeats(rows, threshold):
-        kind = "near" if earlier is None or row["key"] != earlier["key"] else "same_text"
+    kept: dict[str, list[Row]] = {"same_text": [], "near": []}
+    repeats: list[tuple[Row, Row]] = []
+    for row in rows:
+        row["forgotten"] = build.forgotten.hits(row)
+    for row, earlier, kind in find_repeats(rows, threshold, settled):
         if earlier is None:
-            kept.append(row)
-        else:
-            counts[kind] += 1
-            counts[f"{kind}_in_another_split"] += row["split"] != earlier["split"]
-            counts[f"{kind}_with_another_label"] += row["label"] != earlier["label"]
-            counts["copies_of_forgotten_posts"] += earlier["id"] in forgotten
+            kept["same_text"].append(row)
+            kept["near"].append(row)
+            continue
         if kind == "near":
-            first_only.append(row)
+            kept["same_text"].append(row)
+        repeats.append((row, earlier))
+        counts[kind] += 1
+        counts[f"{kind}_in_another_split"] += row["split"] not in (earlier["split"], UNSPLIT)
+        counts[f"{kind}_with_another_label"] += row["label"] != earlier["label"]
+        # A copy of a post to be forgotten goes with it, whichever of the two came first.
+        earlier["forgotten"] |= row["forgotten"]
     build.repeats = dict(counts)
-    build.keep("the first of each text", first_only)
+    build.forgotten.copies = sum(earlier["forgotten"] for _, earlier in repeats)
+    build.keep("the first of each text", kept["same_text"])
     if threshold:
-        build.keep("no near-duplicate", kept)
-    if forgotten:
-        build.keep("not forgotten", [row for row in kept if row["id"] not in forgotten])
+        build.keep("no near-duplicate", kept["near"])
 
 
-def find_repeats(rows: Iterable[Row], threshold: float | None) -> Iterator[tuple[Row, Row | None]]:
-    """Yield each row with the kept earlier row that it repeats, or None.
+def find_repeats(
+    rows: Iterable[Row], threshold: float | None, settled: Sequence[Row] = ()
+) -> Iterator[tuple[Row, Row | None, str]]:
+    """Yield each row with the earlier row that it repeats, or None, and how: same_text or near.
 
+    Rows that repeat none are earlier rows for those that follow, and so are all `settled` ones.
     MinHash with 32 bands of 4 values proposes pairs: one of Jaccard similarity s is missed with
     probability (1 - s^4)^32, 5e-8 at 0.8 and 2e-4 at 0.7. Every proposal is then computed exactly.
     """
@@ -976,13 +1063,14 @@ def find_repeats(rows: Iterable[Row], threshold: float | None) -> Iterator[tuple
     index = RMinHashLSH(threshold=threshold or 1.0, num_perm=PERMUTATIONS, num_bands=BANDS)
     first: dict[str, Row] = {}
     kept: list[Row] = []
-    for row in progress(rows, "duplicates"):
-        earlier = first.get(row["key"])
+    for number, row in enumerate(progress(itertools.chain(settled, rows), "duplicates")):
+        free, kind = number >= len(settled), "same_text"
+        earlier = first.get(row["key"]) if free else None
         if earlier is None and threshold:
-            pieces = shingles(row["key"])
+            kind, pieces = "near", shingles(row["key"])
             sketch = RMinHash(num_perm=PERMUTATIONS, seed=1)
             sketch.update(list(pieces))
-            for place in sorted(index.query(sketch)):
+            for place in sorted(index.query(sketch)) if free else []:
                 other = shingles(kept[place]["key"])
                 if len(pieces & other) >= threshold * len(pieces | other):
                     earlier = kept[place]
@@ -990,9 +1078,11 @@ def find_repeats(rows: Iterable[Row], threshold: float | None) -> Iterator[tuple
             else:
                 index.insert(len(kept), sketch)
         if earlier is None:
-            first[row["key"]] = row
             kept.append(row)
-        yield row, earlier
+        # A later copy of a near-duplicate is a copy all the same.
+        first.setdefault(row["key"], earlier or row)
+        if free:
+            yield row, earlier, kind
 
 
 def shingles(key: str) -> set[str]:
@@ -1006,12 +1096,12 @@ def assign_splits(rows: list[Row], seed: int, shares: dict[str, int]) -> None:
     What a cell is too small to give is asked of the next one, so that many small cells together
     give their shares too.
     """
-    cells: dict[str, list[Row]] = defaultdict(list)
+    cells: dict[tuple[str, ...], list[Row]] = defaultdict(list)
     for row in rows:
-        cells[f"{' '.join(row['target_groups'])} {row['label']}"].append(row)
+        cells[*row["target_groups"], row["label"]].append(row)
     seen, taken = 0, Counter()
     for cell, members in sorted(cells.items()):
-        members.sort(key=lambda row: rank(row, f"{seed} {cell}"))
+        members.sort(key=lambda row: rank(row, f"{seed} {' '.join(cell)}"))
         seen += len(members)
         splits: list[str] = []
         for name, share in shares.items():
@@ -1037,9 +1127,9 @@ def canned_sets(rows: list[Row], seed: int) -> dict[str, list[Row]]:
 
 def stratified(rows: list[Row], size: int, salt: str) -> list[Row]:
     """Draw from every group x label in proportion, but one at least where there is room."""
-    cells: dict[str, list[Row]] = defaultdict(list)
+    cells: dict[tuple[str, ...], list[Row]] = defaultdict(list)
     for row in sorted(rows, key=lambda row: rank(row, salt)):
-        cells[f"{' '.join(row['target_groups'])} {row['label']}"].append(row)
+        cells[*row["target_groups"], row["label"]].append(row)
     if size >= len(rows):
         return [row for cell in cells.values() for row in cell]
     shares = {cell: size * len(members) / len(rows) for cell, members in cells.items()}
@@ -1059,8 +1149,11 @@ def check_rows(build: Build) -> None:
     rows, places = build.rows, defaultdict(set)
     for row in rows:
         places[row["key"]].add(row["split"])
+        words = [row["id"], row["persona"], row["text"], *row["target_groups"]]
+        words += [name for vote in row["annotator_targets"] for name in vote]
+        words += [row[name] for name, kind in build.columns.items() if kind is str]
         try:
-            "".join([row["id"], row["persona"], row["text"]]).encode()
+            "".join(words).encode()
         except UnicodeEncodeError as error:
             fail(f"the post {row['id']!r} is no valid Unicode: {error}")
     leaks = [key for key, found in places.items() if len(found) > 1]
@@ -1071,7 +1164,10 @@ def check_rows(build: Build) -> None:
         fail(f"the sources hold two rows of one id, for example {ids.most_common(1)[0][0]}.")
     for split in build.splits:
         if not any(row["split"] == split for row in rows):
-            fail(f"no row of the split {split} is left by the rules; the sources are too small.")
+            fail(
+                f"no row of the split {split} is left. The funnel above shows which step left the "
+                "others out: change its rule, or give a larger source."
+            )
     gaps: list[str] = []
     cells = Counter((g, row["label"], row["split"]) for row in rows for g in row["target_groups"])
     for group in build.groups:
@@ -1173,8 +1269,8 @@ def read_prompt_template(path: str | None) -> dict[str, dict[str, Any]]:
 
 def read_strategy(key: str, part: Any, origin: str) -> dict[str, Any]:
     """Turn one strategy of a template file into the form of PROMPTS."""
-    where = f"the strategy {key!r} of {origin}"
-    if not re.fullmatch(r"\w[\w.-]*", key) or key in (*PROMPTS, "unified"):
+    where = f"the strategy {visible(key)!r} of {origin}"
+    if not re.fullmatch(r"\w[\w.-]{0,59}", key) or key.lower() in (*PROMPTS, "unified"):
         fail(f"{where}: the name must be a word, and none of unified, {', '.join(PROMPTS)}.")
     texts = ("user_template", "system_prompt", "description", "answer_template")
     if not isinstance(part, dict) or not all(isinstance(part.get(t, ""), str) for t in texts):
@@ -1184,15 +1280,20 @@ def read_strategy(key: str, part: Any, origin: str) -> dict[str, Any]:
     except ValueError as error:
         fail(f"{where}: user_template is no format string ({error}). Write braces doubled.")
     fields = [field for _, field, _, _ in pieces if field is not None]
-    user = "".join(text + (f"{{{field}}}" if field else "") for text, field, _, _ in pieces)
-    if user.count("{text}") != 1 or set(fields) - {"text", "target_group"}:
+    literal = "".join(text for text, *_ in pieces)
+    if found := re.search(r"\{(text|target_group|persona)\}", literal):
+        fail(f"{where}: user_template doubles the braces of {found[0]}, which would be filled.")
+    if fields.count("text") != 1 or set(fields) - {"text", "target_group"}:
         fail(
             f"{where}: user_template must hold {{text}} once, and nothing else in braces but "
             f"{{target_group}}; it has: {', '.join(fields) or 'none'}."
         )
     answer = part.get("answer_template") or TEMPLATE_ANSWER
-    if answer.count("{label}") != 1:
-        fail(f"{where}: answer_template must hold {{label}} once.")
+    parsed = json.loads(answer) if is_json(answer) else {"": "{label}"}
+    valid = isinstance(parsed, dict) and [*parsed.values()].count("{label}") == 1
+    if not valid or answer.count("{label}") != 1:
+        fail(f"{where}: answer_template must hold {{label}} once, in JSON as a value of its own.")
+    user = "".join(text + (f"{{{field}}}" if field else "") for text, field, _, _ in pieces)
     strategy = {
         "description": part.get("description") or part.get("name") or f"from {origin}",
         "system": part.get("system_prompt", ""),
@@ -1230,7 +1331,11 @@ def fill_prompts(
             for placeholder, value in values.items():
                 strategy[part] = strategy[part].replace(placeholder, value)
         asked = f"{strategy['system']} {strategy['user']}"
-        missing = [x for x in build.labels if not re.search(rf"\b{re.escape(x)}\b", asked)]
+        missing = [
+            x
+            for x in build.labels
+            if not re.search(rf"(?<!\w){re.escape(x)}(?![a-zA-Z0-9])", asked)
+        ]
         if missing:
             fail(
                 f"the strategy {name!r} never names the label {missing[0]!r}, so its answers would "
@@ -1351,8 +1456,8 @@ def build_audit(build: Build) -> dict[str, Any]:
     """What a critic would look for: shortcuts, baselines, agreement, cells, repeats."""
     samples = {split: build.members[split][:AUDIT_ROWS] for split in build.splits}
     baselines = [*shortcut_baselines(build, samples), *word_baselines(build, samples)]
+    limit = 1 / len({row["label"] for row in samples["test"]}) + SHORTCUT_MARGIN
     for baseline in baselines:
-        limit = 1 / len(build.labels) + SHORTCUT_MARGIN
         if baseline["shortcut"] and baseline["balanced_accuracy"] >= limit:
             build.warnings.append(
                 f"shortcut: {baseline['name']} ({baseline['data']}) gets a balanced accuracy of "
@@ -1360,7 +1465,7 @@ def build_audit(build: Build) -> dict[str, Any]:
             )
     return {
         "baselines": baselines,
-        "agreement": agreement(build),
+        "agreement": build.agreement or agreement(build),
         "cells": cell_audit(build),
         "repeats": build.repeats,
         "rows_at_most": AUDIT_ROWS,
@@ -1430,8 +1535,8 @@ def tree_rule(tree: Any, names: list[str]) -> str:
             leaves.append(f"{label} if {' and '.join(conditions) or 'a post'}")
             return
         name, cut = names[inner.feature[node]], f"{inner.threshold[node]:.2f}"
-        walk(inner.children_left[node], [*conditions, f"{name} <= {cut}"])
-        walk(inner.children_right[node], [*conditions, f"{name} > {cut}"])
+        walk(inner.children_left[node], [*conditions, f"{name} up to {cut}"])
+        walk(inner.children_right[node], [*conditions, f"{name} above {cut}"])
 
     walk(0, [])
     return "; ".join(leaves)
@@ -1494,11 +1599,14 @@ def judged(
 def agreement(build: Build) -> dict[str, Any]:
     """How far the annotators agree on the label, over all posts with votes and per group.
 
-    Krippendorff's alpha for nominal values: 1 is full agreement, 0 that of chance.
+    Posts without a majority count too, though no split holds them: to leave them out would be to
+    choose by agreement. Krippendorff's alpha for nominal values: 1 is full agreement, 0 chance's.
     """
     import krippendorff
 
-    voted = [row for row in build.rows if len(row["annotator_labels"]) > 1]
+    voted = [
+        row for source in build.sources for row in source.voted if len(row["annotator_labels"]) > 1
+    ]
     names = sorted({label for row in voted for label in row["annotator_labels"]})
     result = {}
     for group in ("all", *build.groups):
@@ -1570,27 +1678,29 @@ def cell_sentences(groups: list[str], cells: dict[str, Any]) -> list[str]:
 
 def deliver(build: Build, args: argparse.Namespace, targets: list[str]) -> None:
     """Check, audit, write and publish the dataset; nothing is pushed before all of it is done."""
+    check_reserved(build.groups)
+    args.dataset_repo = next((name for name in targets if not is_folder(name)), None)
+    contract = describe_dataset(build, args)
+    print(funnel_table(contract), end="\n\n", flush=True)
     check_rows(build)
     build.arrange(args.seed)
-    audit = build_audit(build)
-    args.dataset_repo = next((name for name in targets if not is_folder(name)), None)
-    contract = describe_dataset(build, args, audit)
-    for part in (funnel_table(contract), split_table(contract), audit_text(contract)):
+    contract["audit"] = build_audit(build)
+    contract["rows"] = {name: len(rows) for name, rows in build.members.items()}
+    for part in (split_table(contract), audit_text(contract)):
         print(part, end="\n\n", flush=True)
     with tempfile.TemporaryDirectory(prefix="hsd-data-") as work:
         folder = Path(work)
         contract["files"] = write_configs(build, folder)
         contract["checks"] = check_files(build, folder)
-        (folder / CARD).write_text(build_card(contract), encoding="utf-8")
+        print("\n".join(f"{name}: {number}" for name, number in contract["checks"].items()))
         (folder / CONTRACT).write_bytes(json_bytes(contract))
         ready = [prepare_target(target, args.allow_public) for target in targets]
         for target in ready:
+            (folder / CARD).write_text(build_card(contract, target), encoding="utf-8")
             publish(target, folder, contract)
 
 
-def describe_dataset(
-    build: Build, args: argparse.Namespace, audit: dict[str, Any]
-) -> dict[str, Any]:
+def describe_dataset(build: Build, args: argparse.Namespace) -> dict[str, Any]:
     """contract.json: everything the next stages must know."""
     groups = [*build.groups]
     if any(not row["target_groups"] for row in build.rows):
@@ -1614,12 +1724,16 @@ def describe_dataset(
         "prompts": build.prompts,
         "sources": [source.as_record() for source in build.sources],
         "splits": splits,
-        "rows": {name: len(rows) for name, rows in build.members.items()},
         "rules": build.rules,
         "warnings": build.warnings,
-        "audit": audit,
     }
-    return contract | ({"forgotten": build.forgotten} if build.forgotten["ids"] else {})
+    if build.forgotten.ids:
+        contract["forgotten"] = build.forgotten.as_record()
+    try:
+        json_bytes(contract)
+    except UnicodeEncodeError as error:
+        fail(f"a name, a prompt or a description is no valid Unicode: {error}")
+    return contract
 
 
 def unified_features(build: Build) -> dict[str, Any]:
@@ -1712,16 +1826,32 @@ def check_files(build: Build, folder: Path) -> dict[str, int]:
                 texts[split].add(keys[post["id"]])
     pairs = itertools.combinations(build.splits, 2)
     counts = {f"texts in {one} and {two}": len(texts[one] & texts[two]) for one, two in pairs}
-    for name in build.members.keys() & CANNED.keys():
+    for name in [name for name in CANNED if name in build.members]:
         counts[f"texts of {name} outside validation"] = len(texts[name] - texts["validation"])
     if any(counts.values()):
         fail(f"the splits overlap: {counts}.", code=1)
     return counts
 
 
+def visible(text: str, most: int = 60) -> str:
+    """Text as shown to people: control and direction characters as escapes, long text cut."""
+    text = "".join(
+        char if char.isprintable() else char.encode("unicode_escape").decode() for char in text
+    )
+    return text if len(text) <= most else f"{text[: most - 1]}…"
+
+
+def markdown_cell(text: str) -> str:
+    """Text as it stands in a Markdown table: no markup, no link, no image, no tag."""
+    text = re.sub(r"([\\|`\[\]!*~])", r"\\\1", visible(text, 5000))
+    for sign, entity in (("<", "&lt;"), (">", "&gt;"), ("://", "&#58;//"), ("www.", "www&#46;")):
+        text = text.replace(sign, entity)
+    return text
+
+
 def markdown_table(header: list[str], lines: list[list[Any]]) -> str:
     """A Markdown table whose columns also line up on a terminal."""
-    cells = [[str(cell).replace("|", "\\|") for cell in line] for line in [header, *lines]]
+    cells = [[markdown_cell(str(cell)) for cell in line] for line in [header, *lines]]
     widths = [max(len(line[place]) for line in cells) for place in range(len(header))]
     cells.insert(1, ["-" * width for width in widths])
     return "\n".join(
@@ -1751,16 +1881,19 @@ def funnel_table(contract: dict[str, Any]) -> str:
         groups, lines = groups[:-1], [line[:-1] for line in lines]
     order = "; ".join(f"{s['name']}: {'/'.join(s['classes'])}" for s in contract["sources"])
     header = ["source", "step", "dropped", "split", "rows", *groups]
-    return f"{markdown_table(header, lines)}\n\nIn brackets, {order}."
+    return f"{markdown_table(header, lines)}\n\nIn brackets, {markdown_cell(order)}."
 
 
 def split_table(contract: dict[str, Any]) -> str:
-    """Rows by split and label for each group."""
-    lines = [
-        [split, label, *counts.values()]
-        for split, labels in contract["splits"].items()
-        for label, counts in labels.items()
-    ]
+    """Rows by split and label for each group, and the label's share of the group's split."""
+    lines = []
+    for split, labels in contract["splits"].items():
+        totals = Counter()
+        for counts in labels.values():
+            totals.update(counts)
+        for label, counts in labels.items():
+            cells = [f"{n} ({n / totals[group]:.0%})" if n else 0 for group, n in counts.items()]
+            lines.append([split, label, *cells])
     groups = next(iter(next(iter(contract["splits"].values())).values()))
     return markdown_table(["split", "label", *groups], lines)
 
@@ -1792,22 +1925,28 @@ def audit_text(contract: dict[str, Any]) -> str:
     if lines:
         header = ["group (test)", "negatives", "FPR ± points", "positives", "FNR ± points"]
         parts.append(markdown_table(header, lines))
-        parts.append("\n".join(cell_sentences(contract["groups"], audit["cells"])))
+        sentences = cell_sentences(contract["groups"], audit["cells"])
+        parts.append("\n".join(map(markdown_cell, sentences)))
     lines = [
         [group, one["posts"], f"{one['unanimous']:.1%}", shown(one["krippendorff_alpha"])]
         for group, one in audit["agreement"].items()
     ]
     if lines:
-        header = ["annotators", "posts", "unanimous", "Krippendorff's alpha"]
+        header = [
+            "annotated posts, undecided ones too",
+            "posts",
+            "unanimous",
+            "Krippendorff's alpha",
+        ]
         parts.append(markdown_table(header, lines))
     if audit["repeats"]:
         repeats = (f"{name.replace('_', ' ')} {n}" for name, n in audit["repeats"].items())
         parts.append(f"Repeats that were left out: {', '.join(repeats)}.")
-    parts += [f"warning: {warning}" for warning in contract["warnings"]]
+    parts += [f"warning: {markdown_cell(warning)}" for warning in contract["warnings"]]
     return "\n\n".join(parts)
 
 
-def build_card(contract: dict[str, Any]) -> str:
+def build_card(contract: dict[str, Any], target: str) -> str:
     """The dataset card; its `configs` tell load_dataset which files belong together."""
     import yaml
 
@@ -1827,9 +1966,15 @@ def build_card(contract: dict[str, Any]) -> str:
         "tags": ["hate-speech-detection", "not-for-all-audiences"],
         "configs": [configs[0] | {"default": True}, *configs[1:]],
     }
-    prompts = [f"- `{name}`: {part['description']}" for name, part in contract["prompts"].items()]
-    rules = [f"- {name}: `{json.dumps(rule)}`" for name, rule in contract["rules"].items()]
-    words = contract["label_descriptions"] | contract["group_descriptions"]
+    prompts = [
+        f"- `{name}`: {markdown_cell(part['description'])}"
+        for name, part in contract["prompts"].items()
+    ]
+    rules = [
+        f"- {name}: {markdown_cell(json.dumps(rule, ensure_ascii=False))}"
+        for name, rule in contract["rules"].items()
+    ]
+    words = [*contract["label_descriptions"].items(), *contract["group_descriptions"].items()]
     sources = [
         [source["title"], source["id_or_file"], source["revision"] or "-", source["licence"]]
         for source in contract["sources"]
@@ -1838,14 +1983,21 @@ def build_card(contract: dict[str, Any]) -> str:
     checks = [f"- {name}: {number}" for name, number in contract["checks"].items()]
     return CARD_TEMPLATE.format(
         header=yaml.safe_dump(header, sort_keys=False, allow_unicode=True),
-        title=contract["title"],
+        title=markdown_cell(contract["title"]),
+        place=Path(target).name if is_folder(target) else target,
         script=contract["script"],
         prompts="\n".join(prompts),
         splits=split_table(contract),
         canned=f"Canned sets, drawn from validation: {', '.join(canned)}." if canned else "",
-        words="\n".join(f"- `{name}`: {text or 'no description'}" for name, text in words.items()),
+        words="\n".join(
+            f"- {markdown_cell(name)}: {markdown_cell(text or 'no description')}"
+            for name, text in words
+        ),
         sources=markdown_table(["source", "id or file", "revision", "licence"], sources),
-        notices="\n".join(f"- {s['title']}: {s['notice']}" for s in contract["sources"]),
+        notices="\n".join(
+            f"- {markdown_cell(s['title'])}: {markdown_cell(s['notice'])}"
+            for s in contract["sources"]
+        ),
         funnel=funnel_table(contract),
         audit=audit_text(contract),
         checks="\n".join(checks),
@@ -1865,7 +2017,7 @@ are research data about a few groups; no one should be judged by them alone.
 Built by `{script}`; `contract.json` records how.
 
     from datasets import load_dataset
-    posts = load_dataset("this repo or folder", "unified")
+    posts = load_dataset("{place}", "unified")  # revision=COMMIT pins it
 
 - `unified`: the posts with their labels, groups, votes and marked words
 
@@ -1998,8 +2150,9 @@ def unchanged(target: str, contract: dict[str, Any]) -> bool:
     """Whether the target holds the same rows by the same rules, its files as they were."""
     essential = json.loads(json_bytes(contract))
     _, earlier = earlier_build(target)
+    same_script = essential["script_sha256"] == earlier.get("script_sha256")
     for one in (essential, earlier):
-        for key in UNESSENTIAL:
+        for key in UNESSENTIAL + (FIGURES if same_script else ()):
             one.pop(key, None)
     if essential != earlier:
         return False
@@ -2010,7 +2163,8 @@ def unchanged(target: str, contract: dict[str, Any]) -> bool:
             path.relative_to(target).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
             for path in found
         }
-        return hashes == {path: file["sha256"] for path, file in contract["files"].items()}
+        whole = hashes == {path: file["sha256"] for path, file in contract["files"].items()}
+        return whole and (Path(target) / CARD).is_file()
     from huggingface_hub import HfApi
     from huggingface_hub.hf_api import RepoFile
 
@@ -2018,6 +2172,8 @@ def unchanged(target: str, contract: dict[str, Any]) -> bool:
         tree = HfApi().list_repo_tree(target, repo_type="dataset", recursive=True)
         files = [item for item in tree if isinstance(item, RepoFile)]
     parquet = {file.path: file for file in files if file.path.endswith(".parquet")}
+    if not any(file.path == CARD for file in files):
+        return False
     return {path: file.size for path, file in parquet.items()} == sizes and all(
         file.lfs is None or file.lfs.sha256 == contract["files"][path]["sha256"]
         for path, file in parquet.items()
@@ -2046,39 +2202,89 @@ def json_bytes(content: Any) -> bytes:
 # --- posts to forget -------------------------------------------------------------------------
 
 
-def read_forgotten(path: str | None, targets: list[str]) -> dict[str, list[str]]:
-    """The ids to leave out: those of the file, and those that an earlier build has left out.
+def text_hash(key: str) -> str:
+    """What stands for a forgotten text: its id may be another one in another file."""
+    return hashlib.blake2b(key.encode(), digest_size=16).hexdigest()
 
-    `revisions` and `adapters` name what has seen them, as far as this token can see.
-    """
-    forgotten: dict[str, list[str]] = {"ids": [], "revisions": [], "adapters": []}
+
+@dataclass
+class Forgotten:
+    """Posts to leave out: their ids, the hash of each text, and what has seen them."""
+
+    ids: list[str] = field(default_factory=list)
+    texts: dict[str, str] = field(default_factory=dict)  # by id, of the posts that were found
+    revisions: list[str] = field(default_factory=list)
+    adapters: list[str] = field(default_factory=list)
+    asked: list[str] = field(default_factory=list)  # by this command
+    copies: int = 0
+    waiting: set[str] = field(default_factory=set)  # ids whose text is not known yet
+    hashes: set[str] = field(default_factory=set)  # of all texts
+
+    def see(self, row: Row) -> None:
+        """Note the text of a post that is known by its id alone."""
+        if row["id"] in self.waiting:
+            self.waiting.remove(row["id"])
+            self.texts[row["id"]] = text_hash(normalise(clean(row["text"])))
+            self.hashes.add(self.texts[row["id"]])
+
+    def hits(self, row: Row) -> bool:
+        return bool(self.hashes) and text_hash(row["key"]) in self.hashes
+
+    def as_record(self) -> dict[str, Any]:
+        return {key: vars(self)[key] for key in ("ids", "texts", "revisions", "adapters")}
+
+
+def read_forgotten(path: str | None, targets: list[str]) -> Forgotten:
+    """The posts to leave out: those of the file, and those that an earlier build has left out."""
+    forgotten = Forgotten()
     for target in targets:
         _, earlier = earlier_build(target)
-        for key, values in earlier.get("forgotten", {}).items():
-            forgotten[key] += [value for value in values if value not in forgotten[key]]
-    if forgotten["ids"]:
-        print(
-            f"{len(forgotten['ids'])} posts were to be forgotten before, and still are", flush=True
-        )
+        recorded = earlier.get("forgotten", {})
+        forgotten.texts |= recorded.get("texts", {})
+        for key in ("ids", "revisions", "adapters"):
+            found = vars(forgotten)[key]
+            found += [value for value in recorded.get(key, []) if value not in found]
+    forgotten.waiting = set(forgotten.ids) - forgotten.texts.keys()
+    forgotten.hashes = set(forgotten.texts.values())
+    if forgotten.ids:
+        print(f"{len(forgotten.ids)} posts were to be forgotten before, and still are", flush=True)
     if path is None:
         return forgotten
-    asked = [line.strip() for line in read_text(path).splitlines() if line.strip()]
-    if not asked:
+    forgotten.asked = [line.strip() for line in read_text(path).splitlines() if line.strip()]
+    if not forgotten.asked:
         fail(f"--forget {Path(path).name} holds no id. Write one a line.")
-    new = [post for post in dict.fromkeys(asked) if post not in forgotten["ids"]]
-    forgotten["ids"] += new
+    asked = dict.fromkeys(forgotten.asked)
+    new = [post for post in asked if post not in forgotten.ids]
+    forgotten.ids += new
+    forgotten.waiting |= set(new)
     for target in targets:
-        if new and not is_folder(target):
-            revisions = revisions_with(target, set(new))
+        if is_folder(target):
+            for row in published_rows(Path(target)):
+                forgotten.see(row)
+        else:
+            revisions = revisions_with(target, forgotten)
             adapters = adapters_of(target, {name.partition("@")[2] for name in revisions})
-            forgotten["revisions"] += [x for x in revisions if x not in forgotten["revisions"]]
-            forgotten["adapters"] += [x for x in adapters if x not in forgotten["adapters"]]
+            forgotten.revisions += [x for x in revisions if x not in forgotten.revisions]
+            forgotten.adapters += [x for x in adapters if x not in forgotten.adapters]
     return forgotten
 
 
-def revisions_with(target: str, ids: set[str]) -> list[str]:
-    """The commits of a dataset repo whose rows hold one of the ids."""
+def published_rows(folder: Path) -> list[Row]:
+    """Id and text of every row of a build."""
     import pyarrow.parquet
+
+    rows: list[Row] = []
+    for file in sorted(folder.glob("unified/*.parquet")):
+        try:
+            rows += pyarrow.parquet.read_table(file, columns=["id", "text"]).to_pylist()
+        except (pyarrow.ArrowException, OSError) as error:
+            # What cannot be read shows nobody anything.
+            print(f"{file.name} of {folder.name} is passed over: {error}", flush=True)
+    return rows
+
+
+def revisions_with(target: str, forgotten: Forgotten) -> list[str]:
+    """The commits of a dataset repo whose rows hold one of the posts, or a copy of its text."""
     from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.errors import RepositoryNotFoundError
 
@@ -2095,10 +2301,11 @@ def revisions_with(target: str, ids: set[str]) -> list[str]:
                 revision=entry.commit_id,
                 allow_patterns=["unified/*.parquet"],
             )
-            for file in Path(folder).glob("unified/*.parquet"):
-                if ids & set(pyarrow.parquet.read_table(file, columns=["id"])["id"].to_pylist()):
-                    found.append(f"{target}@{entry.commit_id}")
-                    break
+            rows = published_rows(Path(folder))
+            for row in rows:
+                forgotten.see(row)
+            if any(forgotten.hits({"key": normalise(row["text"])}) for row in rows):
+                found.append(f"{target}@{entry.commit_id}")
     return found
 
 
@@ -2110,40 +2317,49 @@ def adapters_of(target: str, revisions: set[str]) -> list[str]:
     from huggingface_hub import HfApi, hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError
 
-    api, contracts = HfApi(), {}
+    api, adapters, inputs = HfApi(), set(), {}
     for owner in sorted({own_namespace(), target.partition("/")[0]}):
         with hub_errors(f"list the models of {owner}"):
             for model in api.list_models(author=owner):
-                with contextlib.suppress(EntryNotFoundError, ValueError):
+                # Other people's contracts may have any form.
+                with contextlib.suppress(EntryNotFoundError, ValueError, AttributeError, TypeError):
                     file = hf_hub_download(model.id, CONTRACT)
-                    contracts[model.id] = json.loads(Path(file).read_text(encoding="utf-8"))
-    adapters = {
-        name
-        for name, contract in contracts.items()
-        if isinstance(dataset := contract.get("dataset"), dict)
-        and dataset.get("repo") == target
-        and dataset.get("revision") in revisions
-    }
-    merged = {
-        name
-        for name, contract in contracts.items()
-        if adapters & {one.get("repo") for one in contract.get("inputs", [])}
-    }
+                    contract = json.loads(Path(file).read_text(encoding="utf-8"))
+                    inputs[model.id] = {one["repo"] for one in contract.get("inputs", [])}
+                    dataset = contract.get("dataset") or {}
+                    if dataset.get("repo") == target and dataset.get("revision") in revisions:
+                        adapters.add(model.id)
+    merged = {name for name, repos in inputs.items() if adapters & repos}
     return sorted(adapters | merged)
+
+
+def drop_forgotten(build: Build) -> None:
+    """Leave the forgotten posts out. They went through the splits, so that no other post moves."""
+    unseen = [post for post in build.forgotten.asked if post not in build.forgotten.texts]
+    if unseen:
+        shown = ", ".join(map(visible, unseen[:5]))
+        if len(unseen) == len(build.forgotten.asked):
+            fail(f"--forget: no post has one of these {len(unseen)} ids, for example {shown}.")
+        print(f"--forget: {len(unseen)} of the ids belong to no post: {shown}", flush=True)
+    for source in build.sources:
+        rows = [
+            row for row in source.rows if not (row.get("forgotten") or build.forgotten.hits(row))
+        ]
+        if len(rows) < len(source.rows):
+            source.keep("not forgotten", rows)
 
 
 def report_forgotten(build: Build) -> None:
     """Say what still holds the forgotten posts, and how to be rid of it."""
     forgotten = build.forgotten
-    if not forgotten["ids"]:
+    if not forgotten.ids:
         return
-    copies = build.repeats.get("copies_of_forgotten_posts", 0)
-    print(f"\nforgotten: {len(forgotten['ids'])} posts and {copies} copies of them")
-    for name in forgotten["revisions"]:
+    print(f"\nforgotten: {len(forgotten.ids)} posts and {forgotten.copies} copies of them")
+    for name in forgotten.revisions:
         print(f"  saw them: dataset {name}")
-    for name in forgotten["adapters"]:
+    for name in forgotten.adapters:
         print(f"  saw them: model {name}")
-    if forgotten["revisions"]:
+    if forgotten.revisions:
         print(
             "The commits above still hold them: HfApi().super_squash_history and "
             "permanently_delete_lfs_files erase them. Train the models above again."
@@ -2397,7 +2613,8 @@ def hub_errors(action: str) -> Iterator[None]:
     except errors.LocalTokenNotFoundError:
         fail(f"cannot {action}: there is no Hub token. Set HF_TOKEN or run `hf auth login`.")
     except errors.GatedRepoError as error:
-        fail(f"cannot {action}: it is gated. Accept its terms on its page. ({error})")
+        reason = str(error).splitlines()[0]
+        fail(f"cannot {action}: it is gated. Accept its terms on its page. ({reason})")
     except errors.RepositoryNotFoundError:
         fail(
             f"cannot {action}: no such repo, or it is private and this token may not see it. "
@@ -2420,8 +2637,8 @@ def hub_errors(action: str) -> Iterator[None]:
             )
         fail(f"cannot {action}: the Hub answered {status}. {str(error).splitlines()[0]}", code=1)
     except (HTTPError, OSError, RuntimeError) as error:
-        # transformers wraps a gated repo's refusal into an OSError.
-        gated = "gated repo" in str(error)
+        # transformers and datasets wrap a gated repo's refusal into an error of their own.
+        gated = re.search("gated (repo|dataset)", str(error))
         fail(f"cannot {action}: {type(error).__name__}: {error}", code=2 if gated else 1)
     except ValueError as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
@@ -2545,7 +2762,10 @@ def read_contract(repo: Repo, stage: str) -> dict[str, Any]:
         contract = json.loads(file.read_text(encoding="utf-8"))
         schema, found = contract["schema"], contract["stage"]
     except (ValueError, KeyError, TypeError) as error:
-        fail(f"{CONTRACT} of {repo.name} is damaged ({error}). Run its stage again.")
+        fail(
+            f"{CONTRACT} of {repo.name} is damaged ({error}). Restore it from the repo's history, "
+            "or run its stage again into a new repo or folder."
+        )
     if schema != SCHEMA:
         fail(f"{repo.name} has a contract of schema {schema}; this script reads {SCHEMA}.")
     if found != stage:

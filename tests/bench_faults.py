@@ -761,7 +761,9 @@ def jobs_of_one_step(bench: Bench, repo: str, flags: list[str], **options: Any) 
     )
 
     def jobs() -> list[Any]:
-        return [job for job in reversed(list(api.list_jobs(namespace="alice"))) if job.id not in before]
+        return [
+            job for job in reversed(list(api.list_jobs(namespace="alice"))) if job.id not in before
+        ]
 
     ended = lambda: jobs()[-1].status.stage == "COMPLETED"  # noqa: E731
     wait_until(ended, lambda: f"a completed job: {[job.status for job in jobs()]}")

@@ -103,15 +103,27 @@ def test_labels_groups_and_kept_columns(tmp_path: Path) -> None:
     assert contract["group_descriptions"]["queer"] == "what our moderators call it"
 
 
+def test_cells_keep_their_values(tmp_path: Path) -> None:
+    rows = [{**row, "score": 0, "flag": False, "gone": None} for row in posts()]
+    _, found = build(
+        write(tmp_path / "posts.parquet", rows), "--keep_columns", "score", "flag", "gone"
+    )
+    assert {(row["score"], row["flag"], row["gone"]) for row in found} == {("0", "False", "")}
+
+
 def test_lists_as_groups_and_true_and_false_as_labels(tmp_path: Path) -> None:
     rows = [
-        {"text": row["post"], "label": bool(row["verdict"]), "who": [row["about"], "all"]}
+        {
+            "text": row["post"],
+            "label": bool(row["verdict"]),
+            "who": [row["about"], "everyone", None],
+        }
         for row in posts()
     ]
     file, out = write(tmp_path / "posts.parquet", rows), tmp_path / "out"
     script.main(["--input", str(file), "--group_column", "who", "--output_dir", str(out)])
     found = read_config(out, "unified")
-    assert all(row["target_groups"][0] == "all" for row in found)
+    assert all(row["target_groups"][0] == "everyone" for row in found)
     assert {row["label"] for row in found} == {"normal", "hate"}
 
 
@@ -166,8 +178,82 @@ def test_append_keeps_every_row_and_doubles_none(
     stamp = (tmp_path / "out" / "contract.json").read_bytes()
     capsys.readouterr()
     _, again = build(tmp_path / "more.csv", "--append", "true")
-    assert again == both and "has all of these posts already" in capsys.readouterr().out
+    assert again == both and "no post of more.csv is new" in capsys.readouterr().out
     assert (tmp_path / "out" / "contract.json").read_bytes() == stamp
+
+
+def test_append_drops_no_row_of_the_build_whatever_its_flags(tmp_path: Path) -> None:
+    """The build may have been made with another similarity, and with other columns to keep."""
+    made = build(write(tmp_path / "posts.csv", posts(0, 300)), "--near_duplicates", "none")
+    before = {row["id"]: row for row in made[1]}
+    more = write(tmp_path / "more.csv", posts(250, 400))
+    _, rows = build(more, "--append", "true", "--keep_columns", "dialect")
+    after = {row["id"]: row for row in rows}
+    assert {key: after[key] | {"dialect": ""} for key in before} == {
+        key: row | {"dialect": ""} for key, row in before.items()
+    }
+    assert {row["dialect"] for key, row in after.items() if key not in before} == {"north", "south"}
+    last = write(tmp_path / "last.csv", posts(400))
+    contract, rows = build(last, "--append", "true")
+    assert {row["id"]: row for row in rows}.items() >= after.items()
+    steps = [[step["step"] for step in source["steps"]] for source in contract["sources"]]
+    assert steps[0] == [step["step"] for step in made[0]["sources"][0]["steps"]]
+    # The new posts have groups from the first step on.
+    assert "no_target" not in contract["sources"][2]["steps"][0]["counts"]["no split"]
+
+
+def test_append_to_hate_speech_twitter_that_has_no_negatives(tmp_path: Path) -> None:
+    twitter = load_script("datasets/build_twitter.py")
+    tweets = [
+        {"tweet": f"{chr(97 + n % 26) * 9} {n * 7919}", "label": n % 2, "categories": ""}
+        for n in range(80)
+    ]
+    for n, name in enumerate(twitter.CATEGORIES.values()):
+        tweets[2 * n + 1]["categories"] = name["twitter"][0]
+    for split, part in (("train", tweets), ("test", tweets[:40])):
+        rows = [{**row, "tweet": f"{split} {row['tweet']}"} for row in part]
+        write_csv(tmp_path / f"{split}.csv", rows)
+    files = [f"--{split}_csv={tmp_path / split}.csv" for split in ("train", "test")]
+    twitter.main([*files, "--near_duplicates", "none", "--output_dir", str(tmp_path / "out")])
+    new = [
+        {"post": f"ours {n} {'xyz'[n % 3] * 30}", "verdict": n % 2, "about": "race"}
+        for n in range(8)
+    ]
+    _, rows = build(write(tmp_path / "ours.csv", new), "--append", "true")
+    ours = [row for row in rows if row["source"] == "ours"]
+    assert len(rows) > 80 and ours and {tuple(row["categories"]) for row in ours} == {()}
+
+
+def test_a_forgotten_text_stays_away_under_any_name(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, before = build(write(tmp_path / "posts.csv", posts()))
+    row, ids = before[0], tmp_path / "ids.txt"
+    ids.write_text(f"{row['id']}\nno_such_post\n")
+    file = write(tmp_path / "renamed.csv", posts())
+    # From a build, with an input that has nothing new; then by a new build of a renamed file.
+    contract, rows = build(tmp_path / "posts.csv", "--append", "true", "--forget", str(ids))
+    assert row["text"] not in {one["text"] for one in rows} and len(rows) == len(before) - 1
+    assert contract["sources"][0]["steps"][-1]["step"] == "not forgotten"
+    assert "1 of the ids belong to no post: no_such_post" in capsys.readouterr().out
+    for flags in (["--append", "true"], []):
+        _, rows = build(file, *flags)
+        assert row["text"] not in {one["text"] for one in rows}
+        assert len(rows) == len(before) - 1
+    ids.write_text("nor_this_one\n")
+    with pytest.raises(SystemExit):
+        build(file, "--forget", str(ids))
+    assert "no post has one of these 1 ids" in capsys.readouterr().err
+
+
+def test_a_copy_goes_with_a_forgotten_post_that_the_rules_drop(tmp_path: Path) -> None:
+    rows = [{**row, "key_of_row": f"p{n}"} for n, row in enumerate(posts())]
+    rows.append({**rows[5], "verdict": "skip", "key_of_row": "unlabelled"})
+    (tmp_path / "ids.txt").write_text("unlabelled")
+    flags = ["--id_column", "key_of_row", "--near_duplicates", "none"]
+    file = write(tmp_path / "posts.csv", rows)
+    _, found = build(file, *flags, "--forget", str(tmp_path / "ids.txt"))
+    assert "p5" not in {row["id"] for row in found} and len(found) == len(rows) - 2
 
 
 def test_append_to_another_builders_dataset_on_the_hub(
@@ -224,6 +310,50 @@ def test_hub_dataset_with_its_splits_and_label_names(alice: Hub, tmp_path: Path)
     assert contract["inputs"][0]["repo"] == "alice/their-posts"
 
 
+def test_hub_dataset_with_group_classes_and_several_configs(
+    alice: Hub, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from datasets import ClassLabel, Dataset, Features, Value
+
+    names = ["lgbtq", "mexican", "middle_east"]
+    features = Features({"post": Value("string"), "verdict": Value("int64")})
+    features["about"] = ClassLabel(names=names)
+    rows = [{k: row[k] for k in features} for row in posts()]
+    for config in ("first", "second"):
+        Dataset.from_list(rows, features=features).push_to_hub(
+            "alice/configs", config, private=True, token=alice.token
+        )
+    command = ["--input", "alice/configs", *COLUMNS, *MAP, "--run_name", "configs"]
+    script.main([*command, "--input_config", "second"])
+    contract = json.loads(
+        (alice.repo_folder("alice/hsd-configs", "dataset") / "contract.json").read_text()
+    )
+    assert contract["groups"] == names
+    for flags, message in (
+        ([], "--input_config is one of first, second"),
+        (["--input_config", "third"], "has no config third, but: first, second"),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            script.main([*command, *flags])
+        assert stop.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_hub_files_of_several_forms(alice: Hub, capsys: pytest.CaptureFixture[str]) -> None:
+    api = HfApi(endpoint=alice.endpoint, token=alice.token)
+    api.create_repo("alice/ragged", repo_type="dataset")
+    for name, content in (("a.csv", b"post,verdict,about\nx,1,y\n"), ("b.csv", b"other\n1\n")):
+        api.upload_file(
+            repo_id="alice/ragged",
+            repo_type="dataset",
+            path_in_repo=f"data/train-{name}",
+            path_or_fileobj=content,
+        )
+    with pytest.raises(SystemExit) as stop:
+        script.main(["--input", "alice/ragged", *COLUMNS, *MAP])
+    errors = capsys.readouterr().err.splitlines()
+    assert stop.value.code == 2 and "its files are damaged or of several forms" in errors[-1]
+
+
 def test_a_repo_of_a_loading_script_alone(alice: Hub, capsys: pytest.CaptureFixture[str]) -> None:
     api = HfApi(endpoint=alice.endpoint, token=alice.token)
     for name, builder, flag in (
@@ -241,8 +371,30 @@ def test_a_repo_of_a_loading_script_alone(alice: Hub, capsys: pytest.CaptureFixt
             builder.main([flag, f"alice/{name}@main", "--dataset_repo", "alice/none"])
         message = capsys.readouterr().err
         assert stop.value.code == 2 and "loading script" in message
-        assert f"{flag} alice/{name}@refs/convert/parquet" in message
+        assert f"alice/{name}@refs/convert/parquet" in message
     assert not api.repo_exists("alice/none", repo_type="dataset")
+
+
+def test_a_long_cell_and_a_folder_with_an_at_sign(tmp_path: Path) -> None:
+    rows = posts()
+    rows[0]["post"] = "long " * 40_000
+    folder = tmp_path / "me@home"
+    folder.mkdir()
+    contract, found = build(write(folder / "posts.csv", rows))
+    assert max(len(row["text"]) for row in found) == 200_000
+    assert contract["sources"][0]["name"] == "posts"
+
+
+def test_a_label_of_signs_and_names_that_are_markup(tmp_path: Path) -> None:
+    rows = posts()
+    rows[0]["about"] = "<img src=http://x.y/z.png> `a` [b](http://c.d) \\ \u202e"
+    rows[0]["post"] = "far from all else, once"
+    flags = ["--label_map", '{"1": "hate!", "0": "fine"}', "--positive_label", "hate!"]
+    contract, _ = build(write(tmp_path / "posts.jsonl", rows), *flags, "--allow_empty_cells")
+    assert contract["labels"] == ["fine", "hate!"]
+    card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    assert "<img" not in card and "](http" not in card and "\u202e" not in card
+    assert "x.y/z.png" in card
 
 
 def first(**changes: Any) -> Any:
@@ -270,8 +422,15 @@ BAD_INPUT: dict[str, tuple[Any, list[str], str]] = {
     "map is no map": (first(), ["--label_map", '{"1": 1}'], "--label_map must be a mapping"),
     "map is cut": (first(), ["--label_map", '{"1": "ha'], "is no JSON"),
     "taken column": (first(), ["--keep_columns", "text"], "the name is taken"),
+    "internal column": (first(), ["--keep_columns", "targets"], "the name is taken"),
+    "reserved group": (first(about="no_target"), [], "a group cannot be called 'no_target'"),
+    "label of two lines": (first(), ["--label_map", '{"1": "ha\\nte"}'], "must be a mapping"),
     "append to nothing": (first(), ["--append", "true"], "holds no build yet"),
-    "empty cell": (first(about="nobody"), [], "post about nobody is left by the rules"),
+    "empty cell": (
+        first(about="nobody", post="far from all else, once"),
+        [],
+        "post about nobody is left by the rules",
+    ),
     "wrong ending": (first(), ["--input", "./posts.xlsx"], "does not exist"),
 }
 
@@ -297,6 +456,8 @@ def test_bad_input(tmp_path: Path, case: str, capsys: pytest.CaptureFixture[str]
         ("p.parquet", b"PAR1 this is none", "damaged, or no parquet file"),
         ("p.csv", b'post,verdict,about\n"a,0', "cut off"),
         ("p.csv", b"", "lacks the columns"),
+        ("p.jsonl", b'{"post": ["a"], "verdict": 0, "about": "x"}', "values of text outside"),
+        ("p.jsonl", b"[" * 100_000, "line 1 is no JSON"),
         ("p.csv", b"post,verdict,about\n", "holds no post"),
     ],
 )

@@ -11,6 +11,7 @@ import itertools
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 from collections import Counter, defaultdict
@@ -294,6 +295,7 @@ def test_marked_words_and_votes(files: Files) -> None:
         ("no literal", "no literal"),
         ("b", "b"),
         ("b'day is near", "b'day is near"),
+        ("b'a', b'c'", "b'a', b'c'"),
     ],
 )
 def test_decode_text(stored: str, text: str) -> None:
@@ -326,7 +328,7 @@ def test_toxigen_label(files: Files) -> None:
 def test_toxigen_train_config(files: Files) -> None:
     files.statements = [
         {
-            "generation": f"a sentence {number}",
+            "generation": f"a sentence {number} {words(str(number))}",
             "group": [*TARGETS][number % 3],
             "prompt_label": number % 2,
         }
@@ -354,7 +356,7 @@ def test_no_text_in_two_splits(files: Files) -> None:
     assert dropped(hatexplain)["the first of each text"] == 1
     assert dropped(toxigen)["the first of each text"] == 2
     repeats = contract["audit"]["repeats"]
-    assert repeats["same_text"] == 3 and repeats["same_text_in_another_split"] == 2
+    assert repeats["same_text"] == 3 and repeats["same_text_in_another_split"] == 1
     rows = files.rows()
     places = {script.normalise(row["text"]): row["split"] for row in rows}
     assert len(places) == len(rows) and "" not in places
@@ -393,7 +395,7 @@ def test_near_duplicates_yield_to_the_official_test_split(files: Files) -> None:
     contract = files.build()
     assert dropped(contract["sources"][0])["no near-duplicate"] == 2
     assert dropped(contract["sources"][1])["no near-duplicate"] == 1
-    assert contract["audit"]["repeats"]["near_in_another_split"] == 3
+    assert contract["audit"]["repeats"]["near_in_another_split"] == 2
     assert [row["id"] for row in files.rows() if row["text"].startswith(text)] == ["b"]
     contract = files.build("--near_duplicates", "none")
     assert "no near-duplicate" not in dropped(contract["sources"][0])
@@ -419,7 +421,7 @@ def test_find_repeats_finds_every_near_pair() -> None:
         rows.append({"text": " ".join(text), "key": script.normalise(" ".join(text))})
     kept: list[dict[str, str]] = []
     repeats = 0
-    for row, earlier in script.find_repeats(rows, 0.7):
+    for row, earlier, _ in script.find_repeats(rows, 0.7):
         near = [one for one in kept if jaccard(one["text"], row["text"]) >= 0.7]
         assert (earlier is None) == (not near)
         if earlier is None:
@@ -500,17 +502,60 @@ def test_many_small_cells_together_give_their_shares() -> None:
     assert Counter(row["split"] for row in rows) == {"train": 140, "test": 40, "validation": 20}
 
 
-def test_a_forgotten_row_moves_no_other_row(files: Files) -> None:
-    """The split depends on seed and text: one row less shifts each cut by one row or two."""
+def test_a_forgotten_post_moves_no_other_post(files: Files) -> None:
+    """It goes through the splits and leaves after them."""
     files.build()
     before = {row["id"]: row["split"] for row in files.rows()}
-    del files.statements[3]
+    ids = files.folder / "ids.txt"
+    for number in range(0, 60, 7):
+        ids.write_text(f"toxigen_{number}\n")
+        files.build("--forget", str(ids))
+        after = {row["id"]: row["split"] for row in files.rows()}
+        assert after.items() <= before.items() and f"toxigen_{number}" not in after
+    assert len(before) - len(after) == 9
+
+
+def test_the_order_of_a_file_decides_nothing(files: Files) -> None:
+    text = words("near")
+    for number in range(4):
+        twin = dict(files.statements[81])
+        twin["text"] = repr(f"{text} {text} {number}".encode())
+        files.statements.append(twin)
     files.build()
-    texts = {row["text"]: row["split"] for row in files.rows()}
-    files.statements = make_statements()
+    first = {row["text"]: row["split"] for row in files.rows()}
+    files.statements.reverse()
+    files.posts = dict(reversed(files.posts.items()))
     files.build()
-    moved = [row for row in files.rows() if texts.get(row["text"], row["split"]) != row["split"]]
-    assert len(moved) <= 3 and {row["id"]: row["split"] for row in files.rows()} == before
+    assert {row["text"]: row["split"] for row in files.rows()} == first
+
+
+def test_the_same_bytes_whatever_the_hash_seed(files: Files) -> None:
+    flags, cards = files.write(), []
+    for seed in ("1", "2"):
+        env = {**os.environ, "PYTHONHASHSEED": seed}
+        done = subprocess.run([sys.executable, str(SCRIPT), *flags], env=env, capture_output=True)
+        assert done.returncode == 0, done.stderr
+        content = parquet_bytes(files.out), (files.out / "README.md").read_bytes()
+        cards.append(content)
+        shutil.rmtree(files.out)
+    assert cards[0] == cards[1]
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "same"),
+    [
+        ("Don't STOP!", "don t stop", True),
+        ("a \u200bb\ufeff", "a b", True),
+        ("\uff21\uff22 c", "ab c", True),
+        ("\u0932\u0921\u093c\u0915\u093e", "\u0932\u0921\u093c\u0915\u0940", False),
+        ("\U0001f642", "\U0001f641", False),
+        ("na\u00efve", "nai\u0308ve", True),
+        ("snake_case", "snake case", True),
+        ("h\u200bate", "hate", True),
+    ],
+)
+def test_normalise(one: str, other: str, same: bool) -> None:
+    assert (script.normalise(one) == script.normalise(other)) is same
 
 
 def test_max_per_cell(files: Files) -> None:
@@ -727,6 +772,8 @@ def test_prompt_template(files: Files, tmp_path: Path) -> None:
             "never names the label 'norm",
         ),
         ({"user_template": "{text} normal hate", "answer_template": "yes"}, "{label} once"),
+        ({"user_template": "{text} normal hate", "answer_template": '["{label}"]'}, "{label} once"),
+        ({"user_template": "{text} {{persona}} normal hate"}, "doubles the braces of {persona}"),
         ({"user_template": ["{text}"]}, "must be a mapping with the texts"),
         ("{text}", "must be a mapping"),
     ],
@@ -739,7 +786,7 @@ def test_bad_prompt_template(
     with pytest.raises(SystemExit) as stop:
         files.build("--prompt_template", str(file))
     assert stop.value.code == 2 and message in capsys.readouterr().err
-    for name in ("simple", "unified", "a b"):
+    for name in ("simple", "Unified", "a b", "x" * 61):
         good = {"user_template": "{text} normal or hate"}
         file.write_text(json.dumps({"strategies": {name: good}}))
         with pytest.raises(SystemExit):
@@ -795,13 +842,15 @@ def test_audit_finds_a_shortcut_and_measures_agreement(files: Files) -> None:
     assert warned and all(w in (files.out / "README.md").read_text() for w in warned)
     assert shortcut["always hate", "test"]["f1_positive"] == round(2 * 21 / (21 + 42), 4)
     assert shortcut["always normal", "test"]["f1_positive"] == 0
-    # 30 posts with the votes 2:1, and 30 normal ones of which all agree.
+    # Posts that no class won or that the rules drop are annotated posts too: 30 with the votes 2:1,
+    # 30 offensive and 30 normal ones of which all agree, and one of three opinions.
     agreement = audit["agreement"]["all"]
-    assert (agreement["posts"], agreement["unanimous"]) == (60, 0.5)
+    assert (agreement["posts"], agreement["unanimous"]) == (91, round(60 / 91, 4))
     # Krippendorff (2011): 1 - (n - 1) * disagreeing pairs / sum of products of the margins.
-    votes = {"hatespeech": 60, "offensive": 30, "normal": 90}
-    observed = 30 * 2 * 2 / 2
-    expected = (180**2 - sum(n * n for n in votes.values())) / 179
+    votes = {"hatespeech": 61, "offensive": 30 + 90 + 1, "normal": 91}
+    observed = (30 * 4 + 6) / 2
+    n = sum(votes.values())
+    expected = (n**2 - sum(count**2 for count in votes.values())) / (n - 1)
     assert agreement["krippendorff_alpha"] == pytest.approx(1 - observed / expected, abs=1e-4)
 
 
@@ -896,6 +945,30 @@ def test_a_folder_is_replaced_whole(files: Files) -> None:
     files.build()
     assert not stray.exists() and len(parquet_bytes(files.out)) == 24
     assert not [file.name for file in files.folder.iterdir() if file.name.startswith(".")]
+
+
+def test_a_card_that_was_deleted_comes_back(files: Files) -> None:
+    files.build()
+    (files.out / "README.md").unlink()
+    files.build()
+    assert (files.out / "README.md").is_file()
+
+
+def test_a_damaged_contract_says_what_to_do(
+    files: Files, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files.build()
+    (files.out / "contract.json").write_text("{")
+    with pytest.raises(SystemExit) as stop:
+        files.build()
+    assert stop.value.code == 2 and "into a new repo or folder" in capsys.readouterr().err
+
+
+def test_canned_sets_that_cannot_be_filled_are_said_to_be_short(files: Files) -> None:
+    contract = files.build()
+    assert f"canned_50_quick holds {contract['rows']['canned_50_quick']}: " in str(
+        contract["warnings"]
+    )
 
 
 def test_a_folder_with_other_files_is_left_alone(files: Files) -> None:
@@ -1020,6 +1093,18 @@ BAD_INPUT: dict[str, tuple[Callable[[Files], None], list[str], str]] = {
         [],
         "HateXplain's format",
     ),
+    "label is a list": (post(annotators=[{**VOTE, "label": ["normal"]}]), [], "format"),
+    "posts are missing": (
+        lambda files: (files.posts.popitem(), files.posts.popitem(), files.write()),
+        [],
+        "lacks 1 of the 121 posts",
+    ),
+    "toxicity out of range": (statement(toxicity_ai="7"), [], "from 1 to 5"),
+    "deep JSON": (
+        lambda files: (files.folder / "dataset.json").write_text("[" * 100_000),
+        [],
+        "no JSON",
+    ),
     "unknown class": (post(annotators=[VOTE]), [], "'rude'"),
     "missing columns": (statement(label=None), [], "lacks the columns label. It has: text,"),
     "wrong config": (nothing, ["--toxigen_config", "train"], "lacks the columns generation"),
@@ -1103,6 +1188,49 @@ def test_forget_takes_the_copies_along_and_lasts(
     assert "holds no id" in capsys.readouterr().err
 
 
+def test_forget_knows_a_text_and_not_a_row_number(files: Files) -> None:
+    files.build()
+    ids = files.folder / "ids.txt"
+    ids.write_text("toxigen_5")
+    files.build("--forget", str(ids))
+    text = statement_text("hate", 5, "lgbtq")
+    files.statements.insert(0, {**files.statements[40], "text": repr(b"one that is new here")})
+    files.build()
+    rows = {row["id"]: row["text"] for row in files.rows()}
+    assert text not in rows.values() and rows["toxigen_5"] == statement_text("hate", 4, "lgbtq")
+    # An undecided post has a copy that is decided.
+    files.posts["twin"] = make_post("three opinions", "hatespeech", [["Arab"]] * 3)
+    files.splits["train"].append("twin")
+    files.build()
+    assert "twin" in {row["id"] for row in files.rows()}
+    ids.write_text("undecided")
+    files.build("--forget", str(ids))
+    assert "twin" not in {row["id"] for row in files.rows()}
+
+
+def test_forget_looks_at_a_repo_although_the_folder_knows_already(alice: Hub, files: Files) -> None:
+    name, flags = "alice/forget-late", files.write()
+    place = flags.index("--dataset_repo")
+    del flags[place : place + 2]
+    script.main([*flags, "--dataset_repo", name])
+    ids = files.folder / "ids.txt"
+    ids.write_text("toxigen_0")
+    # A model whose contract is of any other form stops nothing.
+    api = HfApi(endpoint=alice.endpoint, token=alice.token)
+    for number, content in enumerate((b"[1]", b'{"inputs": ["x"]}', b"{")):
+        api.create_repo(f"alice/odd-{number}", private=True)
+        api.upload_file(
+            path_or_fileobj=content, path_in_repo="contract.json", repo_id=f"alice/odd-{number}"
+        )
+    script.main([*flags, "--output_dir", str(files.out), "--forget", str(ids)])
+    both = ["--output_dir", str(files.out), "--dataset_repo", name]
+    script.main([*flags, *both, "--forget", str(ids)])
+    contract = json.loads((files.out / "contract.json").read_text(encoding="utf-8"))
+    assert contract["forgotten"]["revisions"] == [
+        f"{name}@{alice.commits(name, 'dataset')[1]['oid']}"
+    ]
+
+
 def test_forget_lists_the_revisions_and_adapters_that_saw_them(
     alice: Hub, files: Files, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -1132,8 +1260,11 @@ def test_forget_lists_the_revisions_and_adapters_that_saw_them(
     contract = json.loads(
         (alice.repo_folder(name, "dataset") / "contract.json").read_text(encoding="utf-8")
     )
+    [row] = [row for row in make_statements() if "number 0 on lgbtq" in row["text"]][:1]
+    key = script.normalise(script.decode_text(row["text"], ""))
     assert contract["forgotten"] == {
         "ids": ["toxigen_0"],
+        "texts": {"toxigen_0": script.text_hash(key)},
         "revisions": [f"{name}@{second}", f"{name}@{first}"],
         "adapters": ["alice/forget-lora", "alice/forget-merged"],
     }
@@ -1162,7 +1293,8 @@ def test_a_rebuild_commits_only_what_is_new(
     assert len(alice.commits(name, "dataset")) == 2
     assert {file: file.stat().st_mtime_ns for file in files.out.rglob("*")} == stamps
     folder = alice.repo_folder(name, "dataset")
-    for file in sorted(files.out.rglob("*.*")):
+    # The two cards differ in how to load the data from where they are.
+    for file in sorted(set(files.out.rglob("*.*")) - {files.out / "README.md"}):
         assert file.read_bytes() == (folder / file.relative_to(files.out)).read_bytes()
 
     api = HfApi(endpoint=alice.endpoint, token=alice.token)
@@ -1323,14 +1455,15 @@ def test_hub_refusals(hub: Hub, files: Files, tmp_path: Path) -> None:
     hub.add_fault(path="refused-toxigen/resolve", status=403, headers=gate, times=None)
     done = run(hub, home, *sources, *target)
     hub.clear_faults()
-    assert done.returncode == 2 and "gated" in done.stderr and "--toxigen ./FILE" in done.stderr
+    assert done.returncode == 2 and "gated" in done.stderr
+    assert "--toxigen ./annotated_train.csv" in done.stderr
 
     done = run(hub, home, *sources, *target, token="hf_alice_read")
     assert done.returncode == 2 and "write access" in done.stderr
 
     done = run(hub, home, "--hatexplain", toxigen, "--toxigen", toxigen, *target)
     assert done.returncode == 2 and "no such revision" in done.stderr
-    assert "--hatexplain ./FILE" in done.stderr
+    assert "--hatexplain_splits ./post_id_divisions.json" in done.stderr
 
     done = run(hub, home, "--hatexplain", hatexplain, "--toxigen", hatexplain, *target)
     assert done.returncode == 2 and "holds no train/*.parquet" in done.stderr

@@ -2816,7 +2816,8 @@ def hub_errors(action: str) -> Iterator[None]:
     except errors.LocalTokenNotFoundError:
         fail(f"cannot {action}: there is no Hub token. Set HF_TOKEN or run `hf auth login`.")
     except errors.GatedRepoError as error:
-        fail(f"cannot {action}: it is gated. Accept its terms on its page. ({error})")
+        reason = str(error).splitlines()[0]
+        fail(f"cannot {action}: it is gated. Accept its terms on its page. ({reason})")
     except errors.RepositoryNotFoundError:
         fail(
             f"cannot {action}: no such repo, or it is private and this token may not see it. "
@@ -2839,8 +2840,8 @@ def hub_errors(action: str) -> Iterator[None]:
             )
         fail(f"cannot {action}: the Hub answered {status}. {str(error).splitlines()[0]}", code=1)
     except (HTTPError, OSError, RuntimeError) as error:
-        # transformers wraps a gated repo's refusal into an OSError.
-        gated = "gated repo" in str(error)
+        # transformers and datasets wrap a gated repo's refusal into an error of their own.
+        gated = re.search("gated (repo|dataset)", str(error))
         fail(f"cannot {action}: {type(error).__name__}: {error}", code=2 if gated else 1)
     except ValueError as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
@@ -2994,7 +2995,10 @@ def read_contract(repo: Repo, stage: str) -> dict[str, Any]:
         contract = json.loads(file.read_text(encoding="utf-8"))
         schema, found = contract["schema"], contract["stage"]
     except (ValueError, KeyError, TypeError) as error:
-        fail(f"{CONTRACT} of {repo.name} is damaged ({error}). Run its stage again.")
+        fail(
+            f"{CONTRACT} of {repo.name} is damaged ({error}). Restore it from the repo's history, "
+            "or run its stage again into a new repo or folder."
+        )
     if schema != SCHEMA:
         fail(f"{repo.name} has a contract of schema {schema}; this script reads {SCHEMA}.")
     if found != stage:
