@@ -393,7 +393,7 @@ def test_a_label_of_signs_and_names_that_are_markup(tmp_path: Path) -> None:
     contract, _ = build(write(tmp_path / "posts.jsonl", rows), *flags, "--allow_empty_cells")
     assert contract["labels"] == ["fine", "hate!"]
     card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
-    assert "<img" not in card and "](http" not in card and "\u202e" not in card
+    assert "<img" not in card and "](http:" not in card and "\u202e" not in card
     assert "x.y/z.png" in card
 
 
