@@ -49,6 +49,7 @@ import hashlib
 import io
 import itertools
 import json
+import logging
 import math
 import os
 import re
@@ -58,6 +59,7 @@ import sys
 import tempfile
 import time
 import unicodedata
+import warnings
 import zlib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -133,6 +135,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
+    quiet_libraries()
     label_map = check_input_flags(args)
     templates = read_prompt_template(args.prompt_template)
     targets = choose_targets(args, f"hsd-{args.run_name or 'custom'}")
@@ -885,16 +888,16 @@ def is_strings(value: Any) -> bool:
 
 
 def progress(items: Iterable[Any], what: str, unit: str = "rows") -> Iterator[Any]:
-    """A bar on a terminal, a line now and then in a Job's log; TQDM_DISABLE=1 shows neither."""
+    """A bar on a terminal, a line now and then in a Job's log."""
     from huggingface_hub.utils import tqdm
 
-    silent = os.environ.get("TQDM_DISABLE", "") not in ("", "0")
-    hidden = silent or not sys.stderr.isatty()
-    bar = tqdm(items, desc=what, unit=f" {unit}", disable=hidden, leave=False)
-    for number, item in enumerate(bar):
-        if hidden and not silent and number and number % LOG_ROWS == 0:
-            print(f"{what}: {number:,} {unit}", flush=True)
+    if sys.stderr.isatty():
+        yield from tqdm(items, desc=what, unit=f" {unit}", leave=False)
+        return
+    for number, item in enumerate(items, start=1):
         yield item
+        if number % LOG_ROWS == 0:
+            print(f"{what}: {number:,} {unit}", flush=True)
 
 
 @functools.cache
@@ -1667,7 +1670,7 @@ def cell_sentences(groups: list[str], cells: dict[str, Any]) -> list[str]:
         if group:
             n, points = cells[group][kind], cells[group][f"{rate.replace(' ', '_')}_points"]
             sentences.append(
-                f"The smallest cell: with {n} {kind} of {group}, a true {rate} of "
+                f"The smallest cell: with {n} {kind} of {group}, a {rate} that is truly "
                 f"{TRUE_RATE:.0%} is known to ± {points:.0f} points."
             )
     return sentences
@@ -1984,7 +1987,7 @@ def build_card(contract: dict[str, Any], target: str) -> str:
     return CARD_TEMPLATE.format(
         header=yaml.safe_dump(header, sort_keys=False, allow_unicode=True),
         title=markdown_cell(contract["title"]),
-        place=Path(target).name if is_folder(target) else target,
+        place=f"./{Path(target).name}" if is_folder(target) else target,
         script=contract["script"],
         prompts="\n".join(prompts),
         splits=split_table(contract),
@@ -2377,6 +2380,16 @@ def fail(message: str, code: int = 2) -> NoReturn:
     """
     print(f"error: {message}", file=sys.stderr, flush=True)
     raise SystemExit(code)
+
+
+def quiet_libraries() -> None:
+    """Keep a Job's log to the lines that say something; called before any library is imported."""
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_DISABLE", "1")
+    # The pins make deprecations a matter of the next upgrade, not of this run.
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
 class Parser(argparse.ArgumentParser):

@@ -47,6 +47,7 @@ import hashlib
 import io
 import itertools
 import json
+import logging
 import math
 import os
 import re
@@ -56,6 +57,7 @@ import sys
 import tempfile
 import time
 import unicodedata
+import warnings
 import zlib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -116,6 +118,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
+    quiet_libraries()
     check_build_flags(args)
     if is_local_file(args.hatecheck):
         args.hatecheck = existing_file("hatecheck", args.hatecheck)
@@ -510,16 +513,16 @@ def check_columns(needed: Sequence[str], found: Sequence[str], origin: str, hint
 
 
 def progress(items: Iterable[Any], what: str, unit: str = "rows") -> Iterator[Any]:
-    """A bar on a terminal, a line now and then in a Job's log; TQDM_DISABLE=1 shows neither."""
+    """A bar on a terminal, a line now and then in a Job's log."""
     from huggingface_hub.utils import tqdm
 
-    silent = os.environ.get("TQDM_DISABLE", "") not in ("", "0")
-    hidden = silent or not sys.stderr.isatty()
-    bar = tqdm(items, desc=what, unit=f" {unit}", disable=hidden, leave=False)
-    for number, item in enumerate(bar):
-        if hidden and not silent and number and number % LOG_ROWS == 0:
-            print(f"{what}: {number:,} {unit}", flush=True)
+    if sys.stderr.isatty():
+        yield from tqdm(items, desc=what, unit=f" {unit}", leave=False)
+        return
+    for number, item in enumerate(items, start=1):
         yield item
+        if number % LOG_ROWS == 0:
+            print(f"{what}: {number:,} {unit}", flush=True)
 
 
 @functools.cache
@@ -1135,7 +1138,7 @@ def cell_sentences(groups: list[str], cells: dict[str, Any]) -> list[str]:
         if group:
             n, points = cells[group][kind], cells[group][f"{rate.replace(' ', '_')}_points"]
             sentences.append(
-                f"The smallest cell: with {n} {kind} of {group}, a true {rate} of "
+                f"The smallest cell: with {n} {kind} of {group}, a {rate} that is truly "
                 f"{TRUE_RATE:.0%} is known to ± {points:.0f} points."
             )
     return sentences
@@ -1452,7 +1455,7 @@ def build_card(contract: dict[str, Any], target: str) -> str:
     return CARD_TEMPLATE.format(
         header=yaml.safe_dump(header, sort_keys=False, allow_unicode=True),
         title=markdown_cell(contract["title"]),
-        place=Path(target).name if is_folder(target) else target,
+        place=f"./{Path(target).name}" if is_folder(target) else target,
         script=contract["script"],
         prompts="\n".join(prompts),
         splits=split_table(contract),
@@ -1712,6 +1715,16 @@ def fail(message: str, code: int = 2) -> NoReturn:
     """
     print(f"error: {message}", file=sys.stderr, flush=True)
     raise SystemExit(code)
+
+
+def quiet_libraries() -> None:
+    """Keep a Job's log to the lines that say something; called before any library is imported."""
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_DISABLE", "1")
+    # The pins make deprecations a matter of the next upgrade, not of this run.
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
 class Parser(argparse.ArgumentParser):

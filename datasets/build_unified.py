@@ -53,6 +53,7 @@ import hashlib
 import io
 import itertools
 import json
+import logging
 import math
 import os
 import re
@@ -62,6 +63,7 @@ import sys
 import tempfile
 import time
 import unicodedata
+import warnings
 import zlib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -103,7 +105,7 @@ GROUPS: dict[str, dict[str, Any]] = {
         "hatexplain": ["Arab"],
         "toxigen": ["middle_east", "middle eastern folks"],
         "description": "In HateXplain its target Arab, in ToxiGen its group middle_east. Posts "
-        "against Muslims (Islam, muslim) are left out unless they also name this target.",
+        "against Muslims (Islam, muslim) do not count.",
         "note": "Arabs and other people of the Middle East are attacked as terrorists or savages. "
         "Criticism of a government or a war is no attack.",
     },
@@ -225,6 +227,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
+    quiet_libraries()
     check_arguments(args)
     groups = read_groups(args.groups, SOURCES, GROUPS)
     templates = read_prompt_template(args.prompt_template)
@@ -1003,16 +1006,16 @@ def is_strings(value: Any) -> bool:
 
 
 def progress(items: Iterable[Any], what: str, unit: str = "rows") -> Iterator[Any]:
-    """A bar on a terminal, a line now and then in a Job's log; TQDM_DISABLE=1 shows neither."""
+    """A bar on a terminal, a line now and then in a Job's log."""
     from huggingface_hub.utils import tqdm
 
-    silent = os.environ.get("TQDM_DISABLE", "") not in ("", "0")
-    hidden = silent or not sys.stderr.isatty()
-    bar = tqdm(items, desc=what, unit=f" {unit}", disable=hidden, leave=False)
-    for number, item in enumerate(bar):
-        if hidden and not silent and number and number % LOG_ROWS == 0:
-            print(f"{what}: {number:,} {unit}", flush=True)
+    if sys.stderr.isatty():
+        yield from tqdm(items, desc=what, unit=f" {unit}", leave=False)
+        return
+    for number, item in enumerate(items, start=1):
         yield item
+        if number % LOG_ROWS == 0:
+            print(f"{what}: {number:,} {unit}", flush=True)
 
 
 @functools.cache
@@ -1785,7 +1788,7 @@ def cell_sentences(groups: list[str], cells: dict[str, Any]) -> list[str]:
         if group:
             n, points = cells[group][kind], cells[group][f"{rate.replace(' ', '_')}_points"]
             sentences.append(
-                f"The smallest cell: with {n} {kind} of {group}, a true {rate} of "
+                f"The smallest cell: with {n} {kind} of {group}, a {rate} that is truly "
                 f"{TRUE_RATE:.0%} is known to ± {points:.0f} points."
             )
     return sentences
@@ -2102,7 +2105,7 @@ def build_card(contract: dict[str, Any], target: str) -> str:
     return CARD_TEMPLATE.format(
         header=yaml.safe_dump(header, sort_keys=False, allow_unicode=True),
         title=markdown_cell(contract["title"]),
-        place=Path(target).name if is_folder(target) else target,
+        place=f"./{Path(target).name}" if is_folder(target) else target,
         script=contract["script"],
         prompts="\n".join(prompts),
         splits=split_table(contract),
@@ -2495,6 +2498,16 @@ def fail(message: str, code: int = 2) -> NoReturn:
     """
     print(f"error: {message}", file=sys.stderr, flush=True)
     raise SystemExit(code)
+
+
+def quiet_libraries() -> None:
+    """Keep a Job's log to the lines that say something; called before any library is imported."""
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_DISABLE", "1")
+    # The pins make deprecations a matter of the next upgrade, not of this run.
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
 class Parser(argparse.ArgumentParser):

@@ -864,8 +864,8 @@ def test_half_width_is_wilsons() -> None:
     cells = {"g": {"negatives": 57, "false_positive_rate_points": 9.2}}
     cells["g"] |= {"positives": 0, "false_negative_rate_points": None}
     assert script.cell_sentences(["g"], cells) == [
-        "The smallest cell: with 57 negatives of g, a true false positive rate of 15% is known to "
-        "± 9 points.",
+        "The smallest cell: with 57 negatives of g, a false positive rate that is truly 15% is "
+        "known to ± 9 points.",
         "No positives of g: no false negative rate can be measured there.",
     ]
 
