@@ -7,7 +7,6 @@
 #     "krippendorff==0.9.0",
 #     "pyarrow==26.0.1",
 #     "pyyaml==6.0.3",
-#     "rensa==0.5.0",
 #     "scikit-learn==1.9.1",
 # ]
 #
