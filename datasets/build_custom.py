@@ -103,11 +103,16 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     flag = parser.add_argument_group("rules").add_argument
     flag(
         "--label_map",
-        help="JSON {VALUE: LABEL}, or a file of it; null leaves a value out. Default: 0, false and "
-        "normal are normal; 1, true and hate are hate",
+        help="JSON {VALUE: LABEL}, or a file of it; null leaves a value out. Labels are numbered "
+        "in its order, the positive one last. Default: 0, false and normal are normal; 1, true and "
+        "hate are hate",
     )
     flag("--positive_label", default="hate", help="the label that error rates are about")
-    flag("--groups", help='JSON {GROUP: {"input": [NAME], "description": TEXT, "note": TEXT}}')
+    flag(
+        "--groups",
+        help='JSON, or a file of it: {GROUP: {"input": [NAME], "description": TEXT, "note": '
+        "TEXT}}; the description stands in the card, the note in the prompt optimized",
+    )
     flag(
         "--append",
         type=boolean,
@@ -165,6 +170,7 @@ def main(argv: list[str] | None = None) -> None:
     drop_forgotten(build)
     deliver(build, args, targets)
     report_forgotten(build)
+    print(f"next: hf jobs uv run train/train.py --dataset_repo {targets[-1]}", flush=True)
 
 
 # --- arguments -------------------------------------------------------------------------------
@@ -192,10 +198,9 @@ def read_label_map(value: str | None) -> dict[str, str | None]:
     """Read --label_map, JSON on the command line or in a file."""
     if value is None:
         return DEFAULT_MAP
-    text = value
-    if not value.lstrip().startswith("{"):
-        text = read_text(existing_file("label_map", value))
-    mapping = parse_json(text, "--label_map")
+    if not is_inline(value):
+        value = existing_file("label_map", value)
+    _, mapping = read_mapping("label_map", value)
     labels = mapping.values() if isinstance(mapping, dict) else [0]
     valid = [
         isinstance(label, str) and label.strip() == label != "" and label.isprintable()
@@ -290,9 +295,7 @@ def read_input(
     numbered = (f"{stem}_{number}" for number in itertools.count(2))
     name = next(name for name in itertools.chain([stem], numbered) if name not in taken)
     classes = [label for label in dict.fromkeys(label_map.values()) if label]
-    source = Source(
-        name, args.title, args.licence, "Brought by the builder's user.", [*classes, "none"]
-    )
+    source = Source(name, args.title, args.licence, "Brought by the builder's user.", classes)
     columns = (args.text_column, args.label_column, args.group_column, args.split_column)
     needed = [column for column in (*columns, args.id_column) if column]
     needed = [*dict.fromkeys([*needed, *(args.keep_columns or [])])]
@@ -313,11 +316,15 @@ def read_input(
         forgotten.see(row)
         rows.append(row)
     known = {"text": ["plain text"], "label": [*label_map], "split": [*SPLIT_NAMES]}
-    unknown.check(source.origin, known)
+    unknown.check(
+        source.origin, known, "--label_map says what a label is; null there leaves its posts out."
+    )
     if not rows:
         fail(f"{source.origin} holds no post.")
     if left:
         print(f"columns left out: {', '.join(map(repr, sorted(left)))}; see --keep_columns")
+    if None in label_map.values():
+        source.classes.append("none")
     groups = choose_groups(args, rows, source.origin, before)
     source.keep("read", rows)
     source.keep("with a label", [row for row in rows if row["label"] is not None])
@@ -447,6 +454,14 @@ def divide_input(build: Build, args: argparse.Namespace, before: Earlier) -> Non
     for row in settled:
         row |= {"key": normalise(row["text"]), "forgotten": False}
     drop_repeats(build, args.near_duplicates, settled)
+    if contradicting := settled and sum(
+        n for name, n in build.repeats.items() if name.endswith("_with_another_label")
+    ):
+        print(
+            f"warning: {contradicting} posts are in the build, or nearly so, with another label; "
+            "the build's stays",
+            flush=True,
+        )
     unsplit = [row for row in source.rows if row["split"] == UNSPLIT]
     assign_splits(unsplit, args.seed, {"test": 20, "validation": 10})
     # A source that has only some of the splits gives up a part of its train split for the others.
@@ -493,7 +508,7 @@ def earlier_rows(targets: list[str]) -> Earlier:
     if repo is None:
         fail(f"--append: {target} holds no build yet. Build it first, without --append.")
     needed = {"title", "language", "labels", "positive_label", "label_descriptions", "prompts"}
-    needed |= {"groups", "group_descriptions", "rules", "sources", "audit"}
+    needed |= {"columns", "groups", "group_descriptions", "rules", "sources", "audit"}
     if missing := needed - contract.keys():
         fail(
             f"--append: the build in {target} is of an older script, and lacks "
@@ -522,7 +537,7 @@ def earlier_rows(targets: list[str]) -> Earlier:
             source.hub = Repo(record["id_or_file"], "dataset", record["revision"])
         source.rows = [row for row in rows if row["source"] == source.name]
         sources.append(source)
-    print(f"appending to {target}: {len(rows)} posts", flush=True)
+    print(f"appending to {target}, which holds {len(rows)} posts", flush=True)
     return Earlier(contract, sources, columns)
 
 
@@ -544,6 +559,17 @@ EMPTY_ROW: Row = {
     "toxicity_human": None,
     "toxicity_ai": None,
     "official_split": None,
+}
+# What the columns of `unified` hold, for the card.
+COLUMN_NOTES = {
+    "label": "what the rules below make of the source's label",
+    "target_groups": "the groups below that the post is about; several or none",
+    "label_multiclass": "the source's own class",
+    "persona": "the source's name of the target, of several the first; it gives the source away",
+    "rationale": "the words that annotators marked; never part of a prompt",
+    "annotator_labels, annotator_targets": "every annotator's vote, in one order",
+    "toxicity_human, toxicity_ai": "ToxiGen's scores of 1 to 5 by people",
+    "official_split": "the split that the source gives the post",
 }
 # What a row holds on its way only: its normalised text, the source's names of its targets, its
 # split, and whether it or a copy of it is to be forgotten.
@@ -592,13 +618,13 @@ class Unknown:
         if not known:
             self.counts[column][repr(value)] += 1
 
-    def check(self, origin: str, known: dict[str, Iterable[str]]) -> None:
+    def check(self, origin: str, known: dict[str, Iterable[str]], remedy: str = "") -> None:
         """End where there was one; `known` are the values of each column that the mapping has."""
         for column, counts in self.counts.items():
             shown = ", ".join(f"{value[:80]} ({n})" for value, n in counts.most_common(5))
             fail(
                 f"{origin} has {counts.total()} values of {column} outside the mapping: {shown}. "
-                f"The mapping has: {', '.join(known[column])}."
+                f"The mapping has: {', '.join(known[column])}. {remedy}".rstrip()
             )
 
 
@@ -646,7 +672,7 @@ class Source:
         from huggingface_hub import HfApi, snapshot_download
 
         name, _, revision = argument.partition("@")
-        action = f"read {argument} (its downloaded files do too: {instead})"
+        action = f"read {argument} (or use downloaded files: {instead})"
         with hub_errors(action):
             revision = revision or self.revision
             sha = HfApi().repo_info(name, repo_type="dataset", revision=revision).sha
@@ -733,8 +759,8 @@ def add_split_flags(parser: Parser) -> None:
         "--near_duplicates",
         type=jaccard_threshold,
         default=0.8,
-        help="Jaccard similarity of their 5-character pieces from which two posts count as one, "
-        "or none",
+        help="Jaccard similarity of their 5-character pieces, 0.7 to 1, from which two posts count "
+        "as one; or none",
     )
     flag("--forget", help="file of post ids, one a line, to leave out of this and later builds")
 
@@ -743,11 +769,24 @@ def add_build_flags(parser: Parser, name: str) -> None:
     """The flags that every builder has; `name` is the repo's default name."""
     flag = parser.add_argument_group("common").add_argument
     flag("--seed", type=int, default=42, help="of splits, draws, canned sets and the order")
-    flag("--prompt_template", help='JSON {"strategies": {NAME: {"user_template": TEXT, ...}}}')
+    flag(
+        "--prompt_template",
+        help='JSON, or a file of it: {"strategies": {NAME: {"user_template": TEXT}}}; the template '
+        "holds {text}, and may hold {labels} and {target_group}. Optional keys: system_prompt, "
+        "description, parameters, and answer_template, by default "
+        f"{TEMPLATE_ANSWER}",
+    )
     flag = parser.add_argument_group("target").add_argument
     flag("--dataset_repo", help=f"Hub id or folder ({{you}}/{name})")
     flag("--output_dir", help="folder for the same files; alone, nothing is pushed")
-    flag("--allow_public", type=boolean, nargs="?", const=True, default=False)
+    flag(
+        "--allow_public",
+        type=boolean,
+        nargs="?",
+        const=True,
+        default=False,
+        help="write to an existing repo that is public",
+    )
     flag("--config_file", help="JSON or YAML file of these flags")
 
 
@@ -767,8 +806,22 @@ def jaccard_threshold(text: str) -> float | None:
 def check_build_flags(args: argparse.Namespace) -> None:
     """Refuse common files that are not there; make their paths absolute."""
     for name in ("groups", "prompt_template", "forget"):
-        if vars(args).get(name):
-            setattr(args, name, existing_file(name, vars(args)[name]))
+        value = vars(args).get(name)
+        if value and not is_inline(value):
+            setattr(args, name, existing_file(name, value))
+    if args.dataset_repo and not is_folder(args.dataset_repo) and "/" not in args.dataset_repo:
+        fail(f"--dataset_repo {args.dataset_repo} is no Hub id; write user/{args.dataset_repo}.")
+
+
+def is_inline(value: str) -> bool:
+    """Say whether a flag's value is JSON itself instead of a file of it."""
+    return value.lstrip().startswith("{")
+
+
+def read_mapping(flag: str, value: str) -> tuple[str, Any]:
+    """The JSON of a flag or of the file that it names, and what to call it in a message."""
+    name = f"--{flag}" if is_inline(value) else f"--{flag} {Path(value).name}"
+    return name, parse_json(value if is_inline(value) else read_text(value), name)
 
 
 def existing_file(flag: str, value: str) -> str:
@@ -793,8 +846,8 @@ def split_rules(args: argparse.Namespace) -> dict[str, Any]:
     return {
         "same text": "letters and digits alone, case and width folded",
         "one label": "a text that has two labels is left out with all its copies",
-        "repeats": "of test, validation, train, no split the first is kept, then the first by a "
-        "hash of the text; the sources in order",
+        "repeats": "a copy in test is kept before one in validation, train or no split, one of an "
+        "earlier source before one of a later, and else the first by a hash of the text",
         "near_duplicates": pieces if threshold else None,
     }
 
@@ -856,7 +909,8 @@ def read_csv(path: str | Path, columns: Sequence[str], hint: str = "") -> Iterat
                     fail(f"row {number} of {name} has more or fewer fields than the header.")
                 yield record
         except csv.Error as error:
-            fail(f"{name} line {reader.line_num} is no CSV, or the file is cut off: {error}")
+            line = max(reader.line_num, 1)
+            fail(f"{name} line {line} is no CSV, or the file is cut off: {error}")
 
 
 def read_parquet(
@@ -880,7 +934,10 @@ def read_parquet(
 def check_columns(needed: Sequence[str], found: Sequence[str], origin: str, hint: str) -> None:
     missing = [column for column in needed if column not in found]
     if missing:
-        fail(f"{origin} lacks the columns {', '.join(missing)}. It has: {', '.join(found)}. {hint}")
+        there = ", ".join(map(str, found)) or "no header"
+        if len(found) == 1 and re.search("[;\t]", str(found[0])):
+            hint = "Its columns must be parted by commas."
+        fail(f"{origin} lacks the columns {', '.join(missing)}. It has: {there}. {hint}".rstrip())
 
 
 def is_strings(value: Any) -> bool:
@@ -930,7 +987,7 @@ def read_groups(
     if path is None:
         return default
     sources = list(sources)
-    groups = parse_json(read_text(path), path)
+    name, groups = read_mapping("groups", path)
     texts = {"description", "note"}
     valid = isinstance(groups, dict) and all(
         isinstance(group, dict)
@@ -941,7 +998,7 @@ def read_groups(
     )
     if not valid or not groups:
         example = {"women": {source: ["Women"] for source in sources} | {"description": "..."}}
-        fail(f"--groups {Path(path).name} must hold a mapping such as {json.dumps(example)}.")
+        fail(f"{name} must hold a mapping such as {json.dumps(example)}.")
     check_reserved(groups)
     for group in groups.values():
         names = [f"{source}: {', '.join(group[source])}" for source in sources if group.get(source)]
@@ -1256,17 +1313,16 @@ PROMPTS = {
 def read_prompt_template(path: str | None) -> dict[str, dict[str, Any]]:
     """Read further strategies, {"strategies": {NAME: {"user_template": TEXT, ...}}}.
 
-    `user_template` is a format string of {text} and optionally {target_group}; its doubled braces
-    are single ones. `system_prompt`, `description`, `parameters` and `answer_template` may be
-    absent.
+    `user_template` is a format string of {text} and optionally {labels} and {target_group}; its
+    doubled braces are single ones. `system_prompt`, `description`, `parameters` and
+    `answer_template` may be absent.
     """
     if path is None:
         return {}
-    name = Path(path).name
-    content = parse_json(read_text(path), path)
+    name, content = read_mapping("prompt_template", path)
     strategies = content.get("strategies") if isinstance(content, dict) else None
     if not isinstance(strategies, dict) or not strategies:
-        fail(f'--prompt_template {name} must hold {{"strategies": {{NAME: ...}}}}.')
+        fail(f'{name} must hold {{"strategies": {{NAME: {{"user_template": TEXT}}}}}}.')
     return {key: read_strategy(key, part, name) for key, part in strategies.items()}
 
 
@@ -1278,18 +1334,20 @@ def read_strategy(key: str, part: Any, origin: str) -> dict[str, Any]:
     texts = ("user_template", "system_prompt", "description", "answer_template")
     if not isinstance(part, dict) or not all(isinstance(part.get(t, ""), str) for t in texts):
         fail(f"{where} must be a mapping with the texts {', '.join(texts)}.")
+    if unknown := part.keys() - {*texts, "name", "parameters"}:
+        fail(f"{where} has the unknown key {min(unknown)!r}; there are {', '.join(texts)}.")
     try:
         pieces = list(string.Formatter().parse(part.get("user_template", "")))
     except ValueError as error:
         fail(f"{where}: user_template is no format string ({error}). Write braces doubled.")
     fields = [field for _, field, _, _ in pieces if field is not None]
-    literal = "".join(text for text, *_ in pieces)
+    literal = "".join(text for text, *_ in pieces) + part.get("system_prompt", "")
     if found := re.search(r"\{(text|target_group|persona)\}", literal):
-        fail(f"{where}: user_template doubles the braces of {found[0]}, which would be filled.")
-    if fields.count("text") != 1 or set(fields) - {"text", "target_group"}:
+        fail(f"{where}: {found[0]} stands in system_prompt or in doubled braces; it is not filled.")
+    if fields.count("text") != 1 or set(fields) - {"text", "labels", "target_group"}:
         fail(
             f"{where}: user_template must hold {{text}} once, and nothing else in braces but "
-            f"{{target_group}}; it has: {', '.join(fields) or 'none'}."
+            f"{{labels}} and {{target_group}}; it has: {', '.join(fields) or 'none'}."
         )
     answer = part.get("answer_template") or TEMPLATE_ANSWER
     parsed = json.loads(answer) if is_json(answer) else {"": "{label}"}
@@ -1311,11 +1369,14 @@ def fill_prompts(
 ) -> dict[str, dict[str, Any]]:
     """The strategies with everything filled in that is the same for all posts."""
     notes = [f"- {group['note']}" for group in build.groups.values() if group.get("note")]
-    other = next(label for label in build.labels if label != build.positive)
+    others = [label for label in build.labels if label != build.positive]
+    # Which of several labels is the harmless one is known by its usual name alone.
+    harmless = "normal" if "normal" in others else others[0] if len(others) == 1 else None
+    meant = {"hate": build.positive, "normal": harmless}
     examples = [
-        f"Post: {text}\n"
-        + fill_answer(RATIONALE_ANSWER, build.positive if label == "hate" else other, why)
+        f"Post: {text}\n{fill_answer(RATIONALE_ANSWER, meant[label], why)}"
         for text, label, why in EXAMPLES
+        if meant[label]
     ]
     said = [
         f"{label} ({LABEL_NOTES[label]})" if label in LABEL_NOTES else label
@@ -1343,7 +1404,7 @@ def fill_prompts(
             fail(
                 f"the strategy {name!r} never names the label {missing[0]!r}, so its answers would "
                 f"use a word that its prompt does not ask for. The labels are: "
-                f"{', '.join(build.labels)}; {{{{labels}}}} in user_template lists them."
+                f"{', '.join(build.labels)}; {{labels}} in user_template lists them."
             )
     return filled
 
@@ -1608,7 +1669,10 @@ def agreement(build: Build) -> dict[str, Any]:
     import krippendorff
 
     voted = [
-        row for source in build.sources for row in source.voted if len(row["annotator_labels"]) > 1
+        row
+        for source in build.sources
+        for row in source.voted
+        if len(row["annotator_labels"]) > 1 and row["id"] not in build.forgotten.texts
     ]
     names = sorted({label for row in voted for label in row["annotator_labels"]})
     result = {}
@@ -1625,6 +1689,7 @@ def agreement(build: Build) -> dict[str, Any]:
             alpha = krippendorff.alpha(value_counts=votes, level_of_measurement="nominal")
         result[group] = {
             "posts": len(rows),
+            "undecided": sum(2 * max(counts) <= sum(counts) for counts in votes),
             "unanimous": round(unanimous / len(rows), 4),
             "krippendorff_alpha": None if alpha is None else round(float(alpha), 4),
         }
@@ -1718,6 +1783,7 @@ def describe_dataset(build: Build, args: argparse.Namespace) -> dict[str, Any]:
     descriptions = {name: group.get("description", "") for name, group in build.groups.items()}
     contract = record | {
         "title": build.title,
+        "columns": [*build.columns],
         "language": build.language,
         "labels": build.labels,
         "positive_label": build.positive,
@@ -1863,6 +1929,9 @@ def markdown_table(header: list[str], lines: list[list[Any]]) -> str:
     )
 
 
+FUNNEL_SPLITS = (*SPLITS, UNSPLIT)
+
+
 def funnel_table(contract: dict[str, Any]) -> str:
     """What each step left of each source: rows, and by split and group how many of each class."""
     groups, lines = [*contract["groups"], NO_TARGET], []
@@ -1876,7 +1945,8 @@ def funnel_table(contract: dict[str, Any]) -> str:
             # A step that drops nothing but splits the rows anew shows its cells too.
             same = step["counts"] == cells_before
             cells_before = step["counts"]
-            for split, counts in ({} if same else step["counts"]).items():
+            for split in [] if same else [name for name in FUNNEL_SPLITS if name in cells_before]:
+                counts = cells_before[split]
                 row = [[counts.get(group, {}).get(name, 0) for name in classes] for group in groups]
                 cells = [f"{sum(c)} ({'/'.join(map(str, c))})" if any(c) else "" for c in row]
                 lines.append(["", "", "", split, "", *cells])
@@ -1884,7 +1954,10 @@ def funnel_table(contract: dict[str, Any]) -> str:
         groups, lines = groups[:-1], [line[:-1] for line in lines]
     order = "; ".join(f"{s['name']}: {'/'.join(s['classes'])}" for s in contract["sources"])
     header = ["source", "step", "dropped", "split", "rows", *groups]
-    return f"{markdown_table(header, lines)}\n\nIn brackets, {markdown_cell(order)}."
+    note = f"In brackets, {markdown_cell(order)}."
+    if NO_TARGET in groups:
+        note += f" {NO_TARGET}: about none of these groups."
+    return f"{markdown_table(header, lines)}\n\n{note}"
 
 
 def split_table(contract: dict[str, Any]) -> str:
@@ -1898,7 +1971,8 @@ def split_table(contract: dict[str, Any]) -> str:
             cells = [f"{n} ({n / totals[group]:.0%})" if n else 0 for group, n in counts.items()]
             lines.append([split, label, *cells])
     groups = next(iter(next(iter(contract["splits"].values())).values()))
-    return markdown_table(["split", "label", *groups], lines)
+    totals = ", ".join(f"{name} {n}" for name, n in contract["rows"].items())
+    return f"{markdown_table(['split', 'label', *groups], lines)}\n\nPosts: {totals}."
 
 
 def audit_text(contract: dict[str, Any]) -> str:
@@ -1928,20 +2002,25 @@ def audit_text(contract: dict[str, Any]) -> str:
     if lines:
         header = ["group (test)", "negatives", "FPR ± points", "positives", "FNR ± points"]
         parts.append(markdown_table(header, lines))
+        parts.append(
+            f"`within test`: fitted to four fifths of the test split and judged on the rest, in "
+            f"turn. `surface`: {', '.join(SURFACE)}. Negatives are posts of any label but "
+            f"{markdown_cell(contract['positive_label'])}."
+        )
         sentences = cell_sentences(contract["groups"], audit["cells"])
         parts.append("\n".join(map(markdown_cell, sentences)))
     lines = [
-        [group, one["posts"], f"{one['unanimous']:.1%}", shown(one["krippendorff_alpha"])]
+        [
+            *(group, one["posts"], one["undecided"], f"{one['unanimous']:.1%}"),
+            shown(one["krippendorff_alpha"]),
+        ]
         for group, one in audit["agreement"].items()
     ]
     if lines:
-        header = [
-            "annotated posts, undecided ones too",
-            "posts",
-            "unanimous",
-            "Krippendorff's alpha",
-        ]
+        header = ["annotated posts", "n", "no majority", "unanimous", "Krippendorff's alpha"]
         parts.append(markdown_table(header, lines))
+    if lines and not audit["agreement"]["all"]["undecided"]:
+        parts.append("The source brings no post without a majority, which raises agreement.")
     if audit["repeats"]:
         repeats = (f"{name.replace('_', ' ')} {n}" for name, n in audit["repeats"].items())
         parts.append(f"Repeats that were left out: {', '.join(repeats)}.")
@@ -1974,8 +2053,7 @@ def build_card(contract: dict[str, Any], target: str) -> str:
         for name, part in contract["prompts"].items()
     ]
     rules = [
-        f"- {name}: {markdown_cell(json.dumps(rule, ensure_ascii=False))}"
-        for name, rule in contract["rules"].items()
+        f"- {name}: {markdown_cell(rule_text(rule))}" for name, rule in contract["rules"].items()
     ]
     words = [*contract["label_descriptions"].items(), *contract["group_descriptions"].items()]
     sources = [
@@ -1984,6 +2062,9 @@ def build_card(contract: dict[str, Any], target: str) -> str:
     ]
     canned = [f"`{name}` ({contract['rows'][name]})" for name in CANNED if name in splits]
     checks = [f"- {name}: {number}" for name, number in contract["checks"].items()]
+    if checks:
+        checks = ["Checked in the written files:", "", *checks]
+    columns = COLUMN_NOTES | {name: "a column of the source" for name in contract["columns"]}
     return CARD_TEMPLATE.format(
         header=yaml.safe_dump(header, sort_keys=False, allow_unicode=True),
         title=markdown_cell(contract["title"]),
@@ -1996,6 +2077,7 @@ def build_card(contract: dict[str, Any], target: str) -> str:
             f"- {markdown_cell(name)}: {markdown_cell(text or 'no description')}"
             for name, text in words
         ),
+        columns="\n".join(f"- {markdown_cell(name)}: {note}" for name, note in columns.items()),
         sources=markdown_table(["source", "id or file", "revision", "licence"], sources),
         notices="\n".join(
             f"- {markdown_cell(s['title'])}: {markdown_cell(s['notice'])}"
@@ -2008,6 +2090,15 @@ def build_card(contract: dict[str, Any], target: str) -> str:
     )
 
 
+def rule_text(rule: Any) -> str:
+    """A rule of the contract as a person reads it."""
+    if isinstance(rule, dict):
+        return ", ".join(f"{key}: {rule_text(value)}" for key, value in rule.items())
+    if isinstance(rule, list):
+        return "; ".join(map(rule_text, rule))
+    return {None: "none", True: "yes", False: "no"}.get(rule, str(rule))
+
+
 CARD_TEMPLATE = """\
 ---
 {header}---
@@ -2015,16 +2106,16 @@ CARD_TEMPLATE = """\
 # {title}
 
 **Warning: the texts are offensive, many of them extremely so.** Keep this repo private. The posts
-are research data about a few groups; no one should be judged by them alone.
+are material for research and moderation; no one should be judged by them alone.
 
 Built by `{script}`; `contract.json` records how.
 
     from datasets import load_dataset
     posts = load_dataset("{place}", "unified")  # revision=COMMIT pins it
 
-- `unified`: the posts with their labels, groups, votes and marked words
+- `unified`: the posts with their labels, groups, and what the sources say of them
 
-and as prompts and completions for training:
+and as prompts and completions:
 
 {prompts}
 
@@ -2037,6 +2128,10 @@ and as prompts and completions for training:
 ## Labels and groups
 
 {words}
+
+## Columns of `unified`
+
+{columns}
 
 ## Sources
 
@@ -2053,8 +2148,6 @@ What each step left:
 ## Audit
 
 {audit}
-
-Checked in the written files:
 
 {checks}
 
@@ -2126,9 +2219,12 @@ def earlier_build(target: str) -> tuple[Repo | None, dict[str, Any]]:
 def publish(target: str, folder: Path, contract: dict[str, Any]) -> None:
     """Write all files at once, one commit or one replaced folder; nothing where nothing is new."""
     paths = [*contract["files"], CARD, CONTRACT]
-    if unchanged(target, contract):
+    _, earlier = earlier_build(target)
+    if unchanged(target, contract, earlier):
         print(f"{target} holds this very build; nothing is written", flush=True)
         return
+    if posts := sum(earlier.get("rows", {}).get(split, 0) for split in SPLITS):
+        print(f"replacing a build of {posts} posts by {earlier['script']}", flush=True)
     if is_folder(target):
         try:
             replace_folder(Path(target), folder)
@@ -2149,10 +2245,9 @@ def publish(target: str, folder: Path, contract: dict[str, Any]) -> None:
     print(f"wrote {len(paths)} files to {target}@{revision}", flush=True)
 
 
-def unchanged(target: str, contract: dict[str, Any]) -> bool:
+def unchanged(target: str, contract: dict[str, Any], earlier: dict[str, Any]) -> bool:
     """Whether the target holds the same rows by the same rules, its files as they were."""
-    essential = json.loads(json_bytes(contract))
-    _, earlier = earlier_build(target)
+    essential, earlier = json.loads(json_bytes(contract)), dict(earlier)
     same_script = essential["script_sha256"] == earlier.get("script_sha256")
     for one in (essential, earlier):
         for key in UNESSENTIAL + (FIGURES if same_script else ()):
@@ -2239,7 +2334,12 @@ class Forgotten:
 
 def read_forgotten(path: str | None, targets: list[str]) -> Forgotten:
     """The posts to leave out: those of the file, and those that an earlier build has left out."""
-    forgotten = Forgotten()
+    asked: list[str] = []
+    if path is not None:
+        asked = [line.strip() for line in read_text(path).splitlines() if line.strip()]
+        if not asked:
+            fail(f"--forget {Path(path).name} is empty. Write one post's id a line.")
+    forgotten = Forgotten(asked=[*dict.fromkeys(asked)])
     for target in targets:
         _, earlier = earlier_build(target)
         recorded = earlier.get("forgotten", {})
@@ -2253,11 +2353,7 @@ def read_forgotten(path: str | None, targets: list[str]) -> Forgotten:
         print(f"{len(forgotten.ids)} posts were to be forgotten before, and still are", flush=True)
     if path is None:
         return forgotten
-    forgotten.asked = [line.strip() for line in read_text(path).splitlines() if line.strip()]
-    if not forgotten.asked:
-        fail(f"--forget {Path(path).name} holds no id. Write one a line.")
-    asked = dict.fromkeys(forgotten.asked)
-    new = [post for post in asked if post not in forgotten.ids]
+    new = [post for post in forgotten.asked if post not in forgotten.ids]
     forgotten.ids += new
     forgotten.waiting |= set(new)
     for target in targets:
@@ -2298,6 +2394,9 @@ def revisions_with(target: str, forgotten: Forgotten) -> list[str]:
         except RepositoryNotFoundError:
             return []
         for entry in commits:
+            there = HfApi().list_repo_files(target, repo_type="dataset", revision=entry.commit_id)
+            if not any(path.startswith("unified/") for path in there):
+                continue
             folder = snapshot_download(
                 target,
                 repo_type="dataset",
@@ -2343,7 +2442,7 @@ def drop_forgotten(build: Build) -> None:
         shown = ", ".join(map(visible, unseen[:5]))
         if len(unseen) == len(build.forgotten.asked):
             fail(f"--forget: no post has one of these {len(unseen)} ids, for example {shown}.")
-        print(f"--forget: {len(unseen)} of the ids belong to no post: {shown}", flush=True)
+        print(f"warning: --forget: {len(unseen)} of the ids belong to no post: {shown}", flush=True)
     for source in build.sources:
         rows = [
             row for row in source.rows if not (row.get("forgotten") or build.forgotten.hits(row))
@@ -2355,9 +2454,11 @@ def drop_forgotten(build: Build) -> None:
 def report_forgotten(build: Build) -> None:
     """Say what still holds the forgotten posts, and how to be rid of it."""
     forgotten = build.forgotten
-    if not forgotten.ids:
+    if not forgotten.asked:
         return
-    print(f"\nforgotten: {len(forgotten.ids)} posts and {forgotten.copies} copies of them")
+    print(f"\nforgotten: {len(forgotten.texts)} posts and {forgotten.copies} copies of them")
+    if forgotten.waiting:
+        print(f"  not found: {', '.join(map(visible, sorted(forgotten.waiting)[:5]))}")
     for name in forgotten.revisions:
         print(f"  saw them: dataset {name}")
     for name in forgotten.adapters:
@@ -2365,8 +2466,10 @@ def report_forgotten(build: Build) -> None:
     if forgotten.revisions:
         print(
             "The commits above still hold them: HfApi().super_squash_history and "
-            "permanently_delete_lfs_files erase them. Train the models above again."
+            "permanently_delete_lfs_files erase them."
         )
+    if forgotten.adapters:
+        print("The models above have learned from them: train them again.")
     print("Repos of other owners, downloads and predictions were not looked for.", flush=True)
 
 
@@ -2619,7 +2722,7 @@ def is_folder(argument: str) -> bool:
 def hub_errors(action: str) -> Iterator[None]:
     """Turn the Hub client's errors into one message: exit 2 where the user can mend it, else 1."""
     from httpx2 import HTTPError
-    from huggingface_hub import errors
+    from huggingface_hub import errors, get_token
 
     try:
         yield
@@ -2641,12 +2744,15 @@ def hub_errors(action: str) -> Iterator[None]:
         fail(f"cannot {action}: {error}")
     except errors.HfHubHTTPError as error:
         status = error.response.status_code
+        if status == 401 and get_token() is None:
+            fail(f"cannot {action}: there is no Hub token. Set HF_TOKEN or run `hf auth login`.")
         if status == 401:
             fail(f"cannot {action}: the Hub does not accept this token. Run `hf auth login` again.")
         if status == 403:
             fail(
                 f"cannot {action}: this token may not. It needs write access to the repo's "
-                "namespace: make one of role `write` in the Hub's settings."
+                "namespace: name a repo of your own, or make a token of role `write` in the Hub's "
+                "settings."
             )
         fail(f"cannot {action}: the Hub answered {status}. {str(error).splitlines()[0]}", code=1)
     except (HTTPError, OSError, RuntimeError) as error:

@@ -1575,7 +1575,7 @@ def open_repo(argument: str, kind: str) -> Repo:
 def hub_errors(action: str) -> Iterator[None]:
     """Turn the Hub client's errors into one message: exit 2 where the user can mend it, else 1."""
     from httpx2 import HTTPError
-    from huggingface_hub import errors
+    from huggingface_hub import errors, get_token
 
     try:
         yield
@@ -1597,12 +1597,15 @@ def hub_errors(action: str) -> Iterator[None]:
         fail(f"cannot {action}: {error}")
     except errors.HfHubHTTPError as error:
         status = error.response.status_code
+        if status == 401 and get_token() is None:
+            fail(f"cannot {action}: there is no Hub token. Set HF_TOKEN or run `hf auth login`.")
         if status == 401:
             fail(f"cannot {action}: the Hub does not accept this token. Run `hf auth login` again.")
         if status == 403:
             fail(
                 f"cannot {action}: this token may not. It needs write access to the repo's "
-                "namespace: make one of role `write` in the Hub's settings."
+                "namespace: name a repo of your own, or make a token of role `write` in the Hub's "
+                "settings."
             )
         fail(f"cannot {action}: the Hub answered {status}. {str(error).splitlines()[0]}", code=1)
     except (HTTPError, OSError, RuntimeError) as error:

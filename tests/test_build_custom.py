@@ -147,6 +147,26 @@ def test_three_labels_in_the_users_own_words(tmp_path: Path) -> None:
             )
 
 
+@pytest.mark.parametrize(
+    ("label_map", "taught"),
+    [
+        ({"2": "hate", "1": "rude", "0": "normal"}, {"hate", "normal"}),
+        ({"2": "hate", "1": "rude", "0": "fine"}, {"hate"}),
+        ({"1": "hate", "0": "fine"}, {"hate", "fine"}),
+    ],
+)
+def test_examples_teach_only_labels_whose_meaning_is_known(
+    tmp_path: Path, label_map: dict[str, str], taught: set[str]
+) -> None:
+    rows = posts()
+    for number, row in enumerate(rows if "2" in label_map else []):
+        row["verdict"] = number % 3
+    flags = ["--label_map", json.dumps(label_map)]
+    contract, _ = build(write(tmp_path / "posts.csv", rows), *flags)
+    system = contract["prompts"]["optimized"]["system"]
+    assert {label for label in label_map.values() if f'"label": "{label}"' in system} == taught
+
+
 def test_own_splits(tmp_path: Path) -> None:
     rows = posts()
     for number, row in enumerate(rows):
@@ -179,6 +199,10 @@ def test_append_keeps_every_row_and_doubles_none(
     capsys.readouterr()
     _, again = build(tmp_path / "more.csv", "--append", "true")
     assert again == both and "no post of more.csv is new" in capsys.readouterr().out
+    assert (tmp_path / "out" / "contract.json").read_bytes() == stamp
+    other = [{**row, "verdict": 1 - row["verdict"]} for row in posts(0, 9)]
+    build(write(tmp_path / "other.csv", other), "--append", "true")
+    assert "posts are in the build, or nearly so, with another label" in capsys.readouterr().out
     assert (tmp_path / "out" / "contract.json").read_bytes() == stamp
 
 

@@ -677,6 +677,13 @@ def test_groups_file(files: Files) -> None:
     (files.folder / "groups.json").write_text(json.dumps(mapping))
     contract = files.build("--groups", str(files.folder / "groups.json"))
     assert contract["groups"] == ["women", "people"]
+    # The same as JSON on the command line, and as a mapping in a file of flags.
+    (files.folder / "flags.yaml").write_text(json.dumps({"groups": mapping}))
+    for flags in (
+        ["--groups", json.dumps(mapping)],
+        ["--config_file", str(files.folder / "flags.yaml")],
+    ):
+        assert files.build(*flags)["files"] == contract["files"]
     groups = {(row["persona"], tuple(row["target_groups"])) for row in files.rows()}
     assert groups == {
         ("Women", ("women", "people")),
@@ -736,7 +743,7 @@ def test_prompt_template(files: Files, tmp_path: Path) -> None:
             "parameters": {"temperature": 0.1, "max_tokens": 512},
         },
         "fixed": {
-            "user_template": "{text} Is it {{labels}}?",
+            "user_template": "{text} Is it {labels}?",
             "answer_template": "Verdict: {label}.",
         },
     }
@@ -764,7 +771,7 @@ def test_prompt_template(files: Files, tmp_path: Path) -> None:
         ({"user_template": "normal or hate?"}, "must hold {text} once"),
         (
             {"user_template": "{text} {post} normal hate"},
-            "nothing else in braces but {target_group}",
+            "nothing else in braces but {labels} and",
         ),
         ({"user_template": '{text} {"a": normal or hate'}, "no format string"),
         (
@@ -773,7 +780,15 @@ def test_prompt_template(files: Files, tmp_path: Path) -> None:
         ),
         ({"user_template": "{text} normal hate", "answer_template": "yes"}, "{label} once"),
         ({"user_template": "{text} normal hate", "answer_template": '["{label}"]'}, "{label} once"),
-        ({"user_template": "{text} {{persona}} normal hate"}, "doubles the braces of {persona}"),
+        (
+            {"user_template": "{text} {{persona}} normal hate"},
+            "{persona} stands in system_prompt or in doubled",
+        ),
+        ({"user_template": "{text} {labels}", "system": "x"}, "has the unknown key 'system'"),
+        (
+            {"user_template": "{text} {labels}", "system_prompt": "About {target_group}."},
+            "{target_group} stands in system_prompt",
+        ),
         ({"user_template": ["{text}"]}, "must be a mapping with the texts"),
         ("{text}", "must be a mapping"),
     ],
@@ -1185,7 +1200,7 @@ def test_forget_takes_the_copies_along_and_lasts(
     ids.write_text("\n")
     with pytest.raises(SystemExit):
         files.build("--forget", str(ids))
-    assert "holds no id" in capsys.readouterr().err
+    assert "is empty. Write one post's id a line" in capsys.readouterr().err
 
 
 def test_forget_knows_a_text_and_not_a_row_number(files: Files) -> None:
@@ -1304,7 +1319,10 @@ def test_a_rebuild_commits_only_what_is_new(
         )
         script.main(flags)
     assert len(alice.commits(name, "dataset")) == 6
+    capsys.readouterr()
     script.main([*flags, "--offensive_as", "drop"])
+    printed = capsys.readouterr().out
+    assert "replacing a build of 210 posts by datasets/build_unified.py" in printed
     assert len(alice.commits(name, "dataset")) == 7
 
 
@@ -1403,7 +1421,8 @@ def test_hub_sources_and_target(hub: Hub, files: Files, tmp_path: Path) -> None:
     folder = hub.repo_folder(name, "dataset")
     contract = json.loads((folder / "contract.json").read_text(encoding="utf-8"))
     assert (
-        done.stdout.endswith(f"{name}@{built['oid']}\n") and "contract.json" not in start["files"]
+        f"{name}@{built['oid']}\nnext: hf jobs uv run train/train.py" in done.stdout
+        and "contract.json" not in start["files"]
     )
     assert HfApi(endpoint=hub.endpoint, token=hub.token).dataset_info(name).private
     assert [entry["repo"] for entry in contract["inputs"]] == [hatexplain, toxigen]
