@@ -170,7 +170,8 @@ def main(argv: list[str] | None = None) -> None:
     drop_forgotten(build)
     deliver(build, args, targets)
     report_forgotten(build)
-    print(f"next: hf jobs uv run train/train.py --dataset_repo {targets[-1]}", flush=True)
+    run = "uv run" if is_folder(targets[-1]) else "hf jobs uv run"
+    print(f"next: {run} train/train.py --dataset_repo {targets[-1]}", flush=True)
 
 
 # --- arguments -------------------------------------------------------------------------------
@@ -562,8 +563,8 @@ EMPTY_ROW: Row = {
 }
 # What the columns of `unified` hold, for the card.
 COLUMN_NOTES = {
-    "label": "what the rules below make of the source's label",
-    "target_groups": "the groups below that the post is about; several or none",
+    "label": "what the rules make of the source's label",
+    "target_groups": "the groups that the post is about; several or none",
     "label_multiclass": "the source's own class",
     "persona": "the source's name of the target, of several the first; it gives the source away",
     "rationale": "the words that annotators marked; never part of a prompt",

@@ -241,8 +241,8 @@ EMPTY_ROW: Row = {
 }
 # What the columns of `unified` hold, for the card.
 COLUMN_NOTES = {
-    "label": "what the rules below make of the source's label",
-    "target_groups": "the groups below that the post is about; several or none",
+    "label": "what the rules make of the source's label",
+    "target_groups": "the groups that the post is about; several or none",
     "label_multiclass": "the source's own class",
     "persona": "the source's name of the target, of several the first; it gives the source away",
     "rationale": "the words that annotators marked; never part of a prompt",

@@ -253,7 +253,8 @@ def main(argv: list[str] | None = None) -> None:
     drop_forgotten(build)
     deliver(build, args, targets)
     report_forgotten(build)
-    print(f"next: hf jobs uv run train/train.py --dataset_repo {targets[-1]}", flush=True)
+    run = "uv run" if is_folder(targets[-1]) else "hf jobs uv run"
+    print(f"next: {run} train/train.py --dataset_repo {targets[-1]}", flush=True)
 
 
 # --- arguments -------------------------------------------------------------------------------
@@ -328,7 +329,10 @@ def describe_labels(args: argparse.Namespace) -> dict[str, str]:
         parts["hate"].append("HateXplain: hatespeech by majority")
         label = "offensive" if args.offensive_as == "keep" else args.offensive_as
         if label != "drop":
-            parts[label].append("HateXplain: offensive by majority, neither hate speech nor normal")
+            parts[label].append(
+                "HateXplain's offensive posts, which most annotators call neither hate speech nor "
+                "normal"
+            )
     if args.toxigen != "none":
         judged = f"what people scored above {TOXIC_ABOVE} ({' + '.join(TOXICITY)})"
         prompted = "what was generated from a hateful prompt, whatever people think of it"
@@ -672,8 +676,8 @@ EMPTY_ROW: Row = {
 }
 # What the columns of `unified` hold, for the card.
 COLUMN_NOTES = {
-    "label": "what the rules below make of the source's label",
-    "target_groups": "the groups below that the post is about; several or none",
+    "label": "what the rules make of the source's label",
+    "target_groups": "the groups that the post is about; several or none",
     "label_multiclass": "the source's own class",
     "persona": "the source's name of the target, of several the first; it gives the source away",
     "rationale": "the words that annotators marked; never part of a prompt",
