@@ -168,6 +168,10 @@ def main(argv: list[str] | None = None) -> None:
         return
     build.prompts = before.contract.get("prompts") or fill_prompts(build, templates)
     drop_forgotten(build)
+    if not args.groups:
+        # Groups that the data alone names go with their last post.
+        left = {name for row in build.rows for name in row["target_groups"]}
+        build.groups = {name: group for name, group in build.groups.items() if name in left}
     deliver(build, args, targets)
     report_forgotten(build)
     run = "uv run" if is_folder(targets[-1]) else "hf jobs uv run"
@@ -455,9 +459,7 @@ def divide_input(build: Build, args: argparse.Namespace, before: Earlier) -> Non
     for row in settled:
         row |= {"key": normalise(row["text"]), "forgotten": False}
     drop_repeats(build, args.near_duplicates, settled)
-    if contradicting := settled and sum(
-        n for name, n in build.repeats.items() if name.endswith("_with_another_label")
-    ):
+    if contradicting := build.repeats.get("contradict_the_build"):
         print(
             f"warning: {contradicting} posts are in the build, or nearly so, with another label; "
             "the build's stays",
@@ -479,10 +481,6 @@ def divide_input(build: Build, args: argparse.Namespace, before: Earlier) -> Non
         build.columns = before.columns
     else:
         build.sources = [*before.sources, source]
-    if not args.groups:
-        # Groups that the data alone names go with their last post.
-        left = {name for row in build.rows for name in row["target_groups"]}
-        build.groups = {name: group for name, group in build.groups.items() if name in left}
     for row in build.rows:
         for name, kind in build.columns.items():
             row.setdefault(name, [] if kind is list else "")
@@ -1088,6 +1086,7 @@ def drop_repeats(build: Build, threshold: float | None, settled: Sequence[Row] =
             counts[f"{kind}{what}"] = 0
     kept: dict[str, list[Row]] = {"same_text": [], "near": []}
     repeats: list[tuple[Row, Row]] = []
+    fixed = {id(row) for row in settled}
     for row in rows:
         row["forgotten"] = build.forgotten.hits(row)
     for row, earlier, kind in find_repeats(rows, threshold, settled):
@@ -1101,6 +1100,8 @@ def drop_repeats(build: Build, threshold: float | None, settled: Sequence[Row] =
         counts[kind] += 1
         counts[f"{kind}_in_another_split"] += row["split"] not in (earlier["split"], UNSPLIT)
         counts[f"{kind}_with_another_label"] += row["label"] != earlier["label"]
+        if settled and row["label"] != earlier["label"]:
+            counts["contradict_the_build"] += id(earlier) in fixed
         # A copy of a post to be forgotten goes with it, whichever of the two came first.
         earlier["forgotten"] |= row["forgotten"]
     build.repeats = dict(counts)

@@ -723,6 +723,7 @@ def drop_repeats(build: Build, threshold: float | None, settled: Sequence[Row] =
             counts[f"{kind}{what}"] = 0
     kept: dict[str, list[Row]] = {"same_text": [], "near": []}
     repeats: list[tuple[Row, Row]] = []
+    fixed = {id(row) for row in settled}
     for row in rows:
         row["forgotten"] = build.forgotten.hits(row)
     for row, earlier, kind in find_repeats(rows, threshold, settled):
@@ -736,6 +737,8 @@ def drop_repeats(build: Build, threshold: float | None, settled: Sequence[Row] =
         counts[kind] += 1
         counts[f"{kind}_in_another_split"] += row["split"] not in (earlier["split"], UNSPLIT)
         counts[f"{kind}_with_another_label"] += row["label"] != earlier["label"]
+        if settled and row["label"] != earlier["label"]:
+            counts["contradict_the_build"] += id(earlier) in fixed
         # A copy of a post to be forgotten goes with it, whichever of the two came first.
         earlier["forgotten"] |= row["forgotten"]
     build.repeats = dict(counts)

@@ -264,6 +264,13 @@ def test_a_forgotten_text_stays_away_under_any_name(
         _, rows = build(file, *flags)
         assert row["text"] not in {one["text"] for one in rows}
         assert len(rows) == len(before) - 1
+    # A group that the data alone names goes with its last post.
+    alone = {"post": "far from all else, once", "verdict": 0, "about": "nobody"}
+    made = build(write(tmp_path / "one.csv", [*posts(), alone]), "--allow_empty_cells")[0]
+    [post] = [one for one in read_config(tmp_path / "out", "unified") if one["persona"] == "nobody"]
+    ids.write_text(post["id"])
+    contract, _ = build(tmp_path / "one.csv", "--forget", str(ids))
+    assert [*made["groups"]] == [*contract["groups"], "nobody"]
     ids.write_text("nor_this_one\n")
     with pytest.raises(SystemExit):
         build(file, "--forget", str(ids))
