@@ -2,6 +2,7 @@
 # requires-python = ">=3.11"
 # dependencies = [
 #     "accelerate==1.15.0",
+#     "bitsandbytes==0.50.2",
 #     "datasets==5.2.0",
 #     "huggingface-hub==2.4.0",
 #     "jinja2==3.1.6",
@@ -33,7 +34,9 @@ Writes: --output_dir and eval/NAME/ of the adapter repo: predictions.csv (ids an
     uv run eval/eval.py --adapter user/hsd-lora
 
 A post's score is the likelihood of each label as the answer, normalised over the labels; no text
-is generated. Running it again scores again and replaces the files of the same NAME.
+is generated (--mode generate does). A finished evaluation is answered from its files; one that was
+stopped goes on where it was, on any machine and any number of GPUs. --text and --input classify
+posts that have no labels.
 """
 
 from __future__ import annotations
@@ -43,6 +46,7 @@ import contextlib
 import csv
 import difflib
 import hashlib
+import io
 import itertools
 import json
 import logging
@@ -57,8 +61,9 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NoReturn
@@ -90,6 +95,12 @@ FILES = (
     *("predictions.csv", "performance_metrics.csv", "bias_metrics.csv", "metrics.json"),
     *("report.html", "report.md", CONTRACT),
 )
+# What is finished of an evaluation that is not: scores, and answers, which can quote their post.
+PARTIAL, PARTIAL_ANSWERS = "scores.partial.jsonl", "answers.partial.jsonl"
+# Written where the model was asked for answers; pushed only with --log_text.
+ANSWERS = "answers.jsonl"
+# Of a written answer: its label is read, has no label, or did not come to its end.
+STATUSES = ("ok", "unparsed", "truncated")
 # The row of the posts that are aimed at no group.
 NO_TARGET = "no_target"
 # The last four are the wide forms, which some spreadsheets also read.
@@ -118,23 +129,46 @@ def build_parser() -> Parser:
     model.add_argument("--model_name_or_path", help="base model (the adapter's own)")
     model.add_argument("--model_revision", help="branch, tag or commit of the base model")
     model.add_argument("--base_only", **switch, help="score the base model without the adapter")
+    model.add_argument("--with_base", **switch, help="score the base without the adapter as well")
     model.add_argument("--dtype", choices=["auto", "float32", "bfloat16"], default="auto")
-    model.add_argument("--tokens_per_batch", type=int, default=8192, help="padding included")
+    unset: dict[str, Any] = switch | {"default": None}
+    model.add_argument("--load_in_4bit", **unset, help="quantise the base (as it was trained)")
+    model.add_argument("--keep_mxfp4", **switch, help="gpt-oss in MXFP4, by the package kernels")
+    model.add_argument("--tokens_per_batch", type=int, help="at once (by memory; CPU: 1024)")
     model.add_argument("--allow_cpu", **switch, help="run a large model without a GPU")
     data = parser.add_argument_group("posts")
     data.add_argument("--dataset_repo", help="Hub id[@revision] or folder (the adapter's own)")
     data.add_argument("--split", default="test")
     data.add_argument("--test_file", help="JSONL of text, label, optional id and target_groups")
+    data.add_argument("--text", help="classify this one post; - reads it from stdin")
+    data.add_argument("--input", help="classify the posts of a .txt, .csv or .jsonl; - is stdin")
+    data.add_argument("--text_column", default="text", help="of --input")
     data.add_argument("--prompt", help="prompt strategy of the dataset (the trained one)")
     data.add_argument("--max_samples", type=int, help="the first N posts of a seeded shuffle")
     data.add_argument("--max_length", type=int, help="tokens; a longer post is cut (as trained)")
     data.add_argument("--threshold", type=float, default=0.5, help="of the positive label's p")
     data.add_argument("--seed", type=int, default=42)
+    answers = parser.add_argument_group("answers")
+    answers.add_argument(
+        *("--mode",),
+        choices=["score", "generate"],
+        default="score",
+        help="decide by the labels' likelihood, or by what the model writes",
+    )
+    answers.add_argument("--max_new_tokens", type=int, default=256, help="of a written answer")
+    answers.add_argument(
+        *("--rationales",),
+        type=int,
+        default=0,
+        help="let the model explain the first N errors and near ties",
+    )
     output = parser.add_argument_group("output")
     output.add_argument("--eval_name", help="folder below eval/ (the split or the file's stem)")
     output.add_argument("--output_dir", help="(ADAPTER/eval/NAME or ./hsd-eval/REPO/NAME)")
+    output.add_argument("--push", **unset, help="(if the adapter has a repo)")
+    output.add_argument("--fresh", **switch, help="score again what is finished")
     output.add_argument(
-        "--push", **(switch | {"default": None}), help="(if the adapter has a repo)"
+        *("--save_minutes",), type=float, default=5, help="between saves of scores to the Hub"
     )
     output.add_argument("--allow_public", **switch, help="push to a public repo")
     output.add_argument("--log_text", **switch, help="write the posts into predictions.csv")
@@ -146,18 +180,50 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args = resolve_arguments(build_parser(), argv)
     if not 0 <= args.threshold <= 1:
         fail(f"--threshold {args.threshold} is no probability.")
-    for name in ("tokens_per_batch", "max_samples", "max_length"):
+    for name in ("tokens_per_batch", "max_samples", "max_length", "max_new_tokens"):
         if vars(args)[name] is not None and vars(args)[name] < 1:
             fail(f"--{name} {vars(args)[name]} is not positive.")
-    alone = args.base_only and not args.adapter
-    if alone and not (args.model_name_or_path and (args.dataset_repo or args.test_file)):
+    if args.rationales < 0 or args.save_minutes < 0:
+        fail("--rationales and --save_minutes cannot be negative.")
+    check_posts_source(args)
+    if args.with_base and args.base_only:
+        fail("--with_base compares an adapter with its base; --base_only uses none. Leave one out.")
+    if args.keep_mxfp4 and find_spec("kernels") is None:
         fail(
-            "--base_only without --adapter needs --model_name_or_path and the posts: "
-            "--dataset_repo or --test_file."
+            "--keep_mxfp4 needs the package kernels, which downloads and runs compiled code of "
+            "kernels-community: `uv run --with kernels ...`, or leave it out to dequantise."
         )
     if args.eval_name and not re.fullmatch(r"\w[\w.-]*", args.eval_name, re.ASCII):
         fail(f"--eval_name {args.eval_name!r}: use letters, digits, dots, dashes, underscores.")
     return args
+
+
+def check_posts_source(args: argparse.Namespace) -> None:
+    """End where the flags name no posts, or several kinds."""
+    kinds = {
+        name: value
+        for name in ("text", "input", "test_file")
+        if (value := vars(args)[name]) is not None
+    }
+    if len(kinds) > 1:
+        fail(f"--{' and --'.join(kinds)} both name the posts: give one of them.")
+    named = args.dataset_repo or kinds
+    if args.base_only and not args.adapter and not (args.model_name_or_path and named):
+        fail(
+            "--base_only without --adapter needs --model_name_or_path and the posts: "
+            "--dataset_repo, --test_file, --input or --text."
+        )
+    if is_ad_hoc(args):
+        for name in ("rationales", "with_base", "push"):
+            if vars(args)[name]:
+                fail(f"--{name} is for an evaluation with labels; --text and --input have none.")
+        if args.mode == "generate":
+            fail("--mode generate is for an evaluation with labels; leave it out.")
+
+
+def is_ad_hoc(args: argparse.Namespace) -> bool:
+    """Say whether posts without labels are to be classified, and nothing evaluated."""
+    return args.text is not None or args.input is not None
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -166,31 +232,46 @@ def main(argv: list[str] | None = None) -> None:
     adapter, contract = open_subject(args)
     pushes = check_push(args, adapter)
     dataset = open_dataset(args, contract)
-    task = build_task(args, contract, dataset)
-    posts = read_posts(args, contract, task, dataset)
-    training, no_training = read_training_posts(args, task, dataset)
     base = pick_base(args, contract)
+    name, target = name_output(args, adapter)
+    key = evaluation_key(args, contract, adapter, base, dataset)
+    if not args.fresh and is_finished(args, key, adapter, name, target, pushes):
+        return
+    task = build_task(args, contract, dataset)
+    posts = read_input(args) if is_ad_hoc(args) else read_posts(args, contract, task, dataset)
     config = read_base_config(base)
     device = check_device(count_parameters(config), args.allow_cpu, job_command(args, adapter))
     tokenizer = load_tokenizer(adapter or base)
     encoded, answers = encode_posts(tokenizer, task, contract, posts)
-    name, target = name_output(args, adapter)
-    with draft_folder(target) as draft:
-        dtype = choose_dtype(args.dtype, device)
-        model = load_model(args, task, base, config, adapter, tokenizer, dtype, device)
-        scores = score_posts(model, tokenizer, encoded, answers, args.tokens_per_batch)
-        for post, row in zip(posts, scores, strict=True):
-            post["probabilities"] = dict(zip(task.labels, row, strict=True))
-            post["prediction"] = decide(post["probabilities"], task, args.threshold)
-        metrics = build_metrics(task, posts, training, no_training, args.threshold)
-        record = build_record(args, contract, [adapter, base, dataset], task, metrics)
-        record |= {"name": name, "dtype": dtype, "device": device_name(device)}
-        write_files(draft, args, task, posts, metrics, record)
-        publish_draft(draft, target)
+    start_on_all_gpus(device)
+    world = join_world()
+    with draft_folder(target) if world.rank == 0 else contextlib.nullcontext() as draft:
+        repo = adapter.name if adapter and pushes else None
+        journals = open_journals(args, key, repo, name, target, world)
+        setup = choose_setup(args, contract, base, config, device)
+        model = load_model(args, task, base, config, adapter, tokenizer, setup, device)
+        scorer = build_scorer(args, model, tokenizer, answers, encoded, setup)
+        record = decide_posts(args, task, scorer, tokenizer, posts, encoded, journals, world)
+        if world.rank:
+            return
+        if is_ad_hoc(args):
+            show_posts(args, task, posts, draft, target)
+        else:
+            training, no_training = read_training_posts(args, task, dataset)
+            metrics = build_metrics(args, task, posts, training, no_training)
+            record |= build_record(args, contract, [adapter, base, dataset], task, metrics)
+            record |= {"name": name, "key": key, "device": device_name(device)}
+            record |= {"dtype": setup.dtype, "world_size": world.size}
+            write_files(draft, args, task, posts, metrics, record)
+            publish_draft(draft, target, output_files(args))
+        for journal in journals:
+            journal.file.unlink(missing_ok=True)
+    if is_ad_hoc(args):
+        return
     print_summary(metrics)
     print(f"report: {target / 'report.html'}", flush=True)
     if adapter and pushes:
-        push_files(adapter, name, target)
+        push_files(args, adapter, name, target)
 
 
 # --- what is scored --------------------------------------------------------------------------
@@ -213,10 +294,14 @@ class Task:
     effort: str
 
     @property
+    def negative_label(self) -> str:
+        """The first label that is not the positive one."""
+        return next(label for label in self.labels if label != self.positive)
+
+    @property
     def negative(self) -> str:
         """What a post is that does not have the positive label."""
-        others = [label for label in self.labels if label != self.positive]
-        return others[0] if len(others) == 1 else f"not {self.positive}"
+        return self.negative_label if len(self.labels) == 2 else f"not {self.positive}"
 
 
 def open_subject(args: argparse.Namespace) -> tuple[Repo | None, dict[str, Any]]:
@@ -230,6 +315,13 @@ def open_subject(args: argparse.Namespace) -> tuple[Repo | None, dict[str, Any]]
         fail(f"{CONTRACT} of {adapter.name} lacks {', '.join(missing)}. Run its stage again.")
     if args.base_only and contract["task"] == "classify":
         fail("--base_only scores a language model; a classifier's base has no trained head.")
+    if contract["task"] == "classify" and (args.with_base or args.rationales):
+        fail(
+            "--with_base and --rationales need a language model; the adapter is a sequence "
+            "classifier, whose base has no trained head and which writes nothing."
+        )
+    if contract["task"] == "classify" and args.mode == "generate":
+        fail("--mode generate: the adapter is a sequence classifier, which writes no answers.")
     training = contract["training"]
     print(
         f"adapter {adapter.name} at {adapter.revision or 'its folder'}, training "
@@ -244,7 +336,7 @@ def check_push(args: argparse.Namespace, adapter: Repo | None) -> bool:
     has_repo = adapter is not None and adapter.folder is None
     if args.push and not has_repo:
         fail("--push has no repo to push to: give the adapter by its Hub id.")
-    if not has_repo or args.push is False:
+    if not has_repo or args.push is False or is_ad_hoc(args):
         return False
     prepare_repo(adapter.name, "model", "adapter", args.allow_public)
     return True
@@ -261,6 +353,8 @@ def open_dataset(args: argparse.Namespace, contract: dict[str, Any]) -> Repo | N
         if trained_on:
             print(f"dataset {args.dataset_repo} overrides {trained_on} of the contract", flush=True)
         return open_repo(args.dataset_repo, "dataset")
+    if is_ad_hoc(args) and (not trained_on or args.prompt in (None, contract["prompt"]["name"])):
+        return None
     if recorded.get("revision") is None:
         if args.test_file:
             return None
@@ -375,6 +469,79 @@ def read_posts(
     return posts
 
 
+def read_input(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """The posts of --text or --input: `id`, `text` and no label. Their ids default to numbers."""
+    if args.text is not None:
+        texts = [sys.stdin.read().removesuffix("\n") if args.text == "-" else args.text]
+        rows = [{"text": text} for text in texts]
+    elif args.input == "-":
+        rows = [{"text": line} for line in sys.stdin.read().removesuffix("\n").split("\n")]
+    else:
+        rows = read_input_file(Path(args.input).expanduser(), args.text_column)
+    posts = []
+    for number, row in enumerate(rows, start=1):
+        posts.append({"id": row.get("id") or str(number), "text": row["text"], "label": None})
+    if not posts:
+        fail(f"{args.input} holds no posts.")
+    check_posts(posts, "--text" if args.text is not None else f"--input {args.input}")
+    print(f"{len(posts)} posts to classify", flush=True)
+    return posts
+
+
+def read_input_file(file: Path, column: str) -> list[dict[str, Any]]:
+    """Rows of `text` and perhaps `id`: lines of a .txt, rows of a .csv, objects of a .jsonl."""
+    if not file.is_file():
+        fail(f"--input {file} is not a file. Give a .txt, .csv or .jsonl, or - for stdin.")
+    kind = file.suffix.lower()
+    if kind not in (".txt", ".csv", ".jsonl"):
+        fail(f"--input {file} is no .txt, .csv or .jsonl.")
+    try:
+        content = file.read_text(encoding="utf-8-sig", newline="")
+    except UnicodeDecodeError as error:
+        fail(f"--input {file} is not UTF-8: {error}")
+    # Not splitlines: that also splits at signs such as U+2028, which stand in posts.
+    lines = content.replace("\r\n", "\n").removesuffix("\n").split("\n") if content else []
+    if kind == ".txt":
+        return [{"text": line} for line in lines]
+    if kind == ".csv":
+        csv.field_size_limit(2**31 - 1)
+        rows: list[Any] = list(csv.DictReader(io.StringIO(content, newline="")))
+        columns = list(rows[0]) if rows else []
+    else:
+        try:
+            rows = [json.loads(line) for line in lines if line.strip()]
+        except ValueError as error:
+            fail(f"--input {file} is not JSON in every line: {error}")
+        if not all(isinstance(row, dict) for row in rows):
+            fail(f"--input {file}: every line is to be an object with `{column}`.")
+        columns = sorted({key for row in rows for key in row})
+    lacking = [number for number, row in enumerate(rows, start=1) if row.get(column) is None]
+    if lacking:
+        fail(
+            f"--input {file}: row {lacking[0]} has no {column!r}. There are: "
+            f"{', '.join(map(str, columns))}. Name the column with --text_column."
+        )
+    return [{"id": row.get("id"), "text": row[column]} for row in rows]
+
+
+def show_posts(
+    args: argparse.Namespace, task: Task, posts: list[dict[str, Any]], draft: Path, target: Path
+) -> None:
+    """Print what classified posts are, and keep all of a file's in predictions.csv."""
+    rule = "the likeliest label" if len(task.labels) > 2 else f"threshold {args.threshold}"
+    print(f"\np_{task.positive} (decided by {rule})")
+    for post in posts[:20]:
+        notes = [note for note in ("near_tie", "cut") if post[note]]
+        p = post["probabilities"][task.positive]
+        print(f"{p:.4f}  {post['prediction']}  {visible(post['id'])}  {' '.join(notes)}".rstrip())
+    if args.input is None:
+        return
+    write_predictions(draft / "predictions.csv", task, posts, args.log_text)
+    (draft / "predictions.csv").replace(target / "predictions.csv")
+    more = f"{len(posts) - 20} more in " if len(posts) > 20 else ""
+    print(f"{more}{target / 'predictions.csv'}", flush=True)
+
+
 def check_posts(posts: list[dict[str, Any]], origin: str) -> None:
     """Make ids text and groups a list; end on a post without usable text."""
     for number, post in enumerate(posts, start=1):
@@ -434,6 +601,107 @@ def job_command(args: argparse.Namespace, adapter: Repo | None) -> str:
 # --- scores ----------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class Setup:
+    """What the model computes in: the name of a torch dtype, how its weights are quantised, and
+    whether the forward is under the bfloat16 autocast of the training."""
+
+    dtype: str
+    quantization: Any
+    in_4bit: bool
+    autocast: bool
+
+    @property
+    def rounded(self) -> bool:
+        """Whether it is less than float32."""
+        return self.dtype != "float32" or self.in_4bit
+
+
+def choose_setup(
+    args: argparse.Namespace, contract: dict[str, Any], base: Repo, config: Any, device: str
+) -> Setup:
+    """As asked, else as trained: a QLoRA adapter is at home on the base quantised the same way."""
+    import torch
+    import transformers
+
+    dtype, trained = choose_dtype(args.dtype, device), contract.get("arguments", {})
+    in_4bit, stored = args.load_in_4bit, stored_quantization(config)
+    if in_4bit is None and (in_4bit := bool(trained.get("load_in_4bit"))):
+        print("base model in 4 bits, as trained; --load_in_4bit false takes it whole", flush=True)
+    if in_4bit and stored:
+        fail(f"--load_in_4bit cannot quantise {base.name}: it is stored as {stored}.")
+    quantization = None
+    if in_4bit:
+        quantization = transformers.BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type=trained.get("bnb_4bit_quant_type") or "nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=getattr(torch, dtype),
+            llm_int8_skip_modules=["classifier", "score", "lm_head"],
+        )
+    if args.keep_mxfp4:
+        if stored != "mxfp4" or device != "cuda":
+            fail(
+                f"--keep_mxfp4 needs a base stored as mxfp4 ({base.name} is stored as {stored}) "
+                f"and a GPU (this is {device}). Leave it out."
+            )
+        quantization = transformers.Mxfp4Config(dequantize=False)
+    # A mixture of experts picks other experts where its numbers are rounded elsewhere.
+    autocast = dtype == contract.get("training", {}).get("precision") == "bfloat16"
+    return Setup(dtype, quantization, in_4bit, autocast)
+
+
+def stored_quantization(config: Any) -> str | None:
+    """How a checkpoint's weights are quantised, such as mxfp4 or fp8; None where they are not."""
+    return (getattr(config, "quantization_config", None) or {}).get("quant_method")
+
+
+def load_model(
+    args: argparse.Namespace,
+    task: Task,
+    base: Repo,
+    config: Any,
+    adapter: Repo | None,
+    tokenizer: Any,
+    setup: Setup,
+    device: str,
+) -> Any:
+    """The base model with the adapter on it, ready to score."""
+    import torch
+
+    kind, dtype = "causal" if task.prompt else "classify", getattr(torch, setup.dtype)
+    model = load_base(base, config, kind, task.labels, dtype, device, setup.quantization)
+    # A decoder with a classification head finds a row's last token by this id.
+    model.config.pad_token_id = tokenizer.pad_token_id
+    for module in model.modules():
+        if type(module).__name__ == "Linear4bit":
+            # On a CPU it would repack its weight for bfloat16 products only.
+            module.support_avx512bf16_for_cpu = False
+    if adapter and not args.base_only:
+        model = load_adapter(model, adapter, base)
+    four = ", base in 4 bits" if setup.in_4bit else ""
+    print(f"scoring on {device_name(device)} in {setup.dtype}{four}", flush=True)
+    return model.eval()
+
+
+def choose_dtype(name: str, device: str) -> str:
+    """`auto` is bfloat16 on a GPU that computes in it, else float32."""
+    import torch
+
+    if name != "auto":
+        return name
+    # Emulated bfloat16, as on a T4, is slower than float32.
+    native = device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return "bfloat16" if native else "float32"
+
+
+def device_name(device: str) -> str:
+    """The name of the GPU, or "cpu"."""
+    import torch
+
+    return torch.cuda.get_device_name() if device == "cuda" else device
+
+
 def encode_posts(
     tokenizer: Any, task: Task, contract: dict[str, Any], posts: list[dict[str, Any]]
 ) -> tuple[list[list[int]], list[list[int]]]:
@@ -457,77 +725,422 @@ def encode_posts(
             for label, ids in contract["rendering"]["label_completions"].items():
                 check_probe(tokenizer, answers[label], ids, "the adapter")
         room = task.max_length - max(map(len, answers.values()))
-        encoded = []
-        for post in posts:
-            messages = post.get("prompt") or prompt_messages(task.prompt, post["text"], post)
-            encoded.append(encode_prompt(tokenizer, scaffold, messages, post["text"], room))
+        asked = [
+            post.get("prompt") or prompt_messages(task.prompt, post["text"], post) for post in posts
+        ]
+        texts = [post["text"] for post in posts]
+        encoded = encode_prompts(tokenizer, scaffold, asked, texts, room)
     for post, (_, cut) in zip(posts, encoded, strict=True):
         post["cut"] = cut
     return [ids for ids, _ in encoded], [answers[label] for label in task.labels if answers]
 
 
-def choose_dtype(name: str, device: str) -> str:
-    """`auto` is bfloat16 on a GPU that computes in it, else float32."""
+@dataclass(frozen=True)
+class World:
+    """The processes of a torchrun start; alone, this one."""
+
+    rank: int
+    size: int
+
+    def gather(self, value: Any) -> list[Any]:
+        """Everybody's value, in the order of the ranks, in every process."""
+        if self.size == 1:
+            return [value]
+        from torch import distributed
+
+        values = [None] * self.size
+        distributed.all_gather_object(values, value)
+        return values
+
+
+def join_world() -> World:
+    """Join the other processes of a torchrun start; only the first one prints."""
+    world = World(int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")))
+    if world.size > 1:
+        from torch import distributed
+
+        if not distributed.is_initialized():
+            # Scores are few bytes, so gloo serves; a rank may wait long for another's last row.
+            distributed.init_process_group("gloo", timeout=timedelta(hours=3))
+        if world.rank:
+            sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+    return world
+
+
+def start_on_all_gpus(device: str) -> None:
+    """Where several GPUs are visible, become torchrun with one process for each."""
     import torch
 
-    if name != "auto":
-        return name
-    # Emulated bfloat16, as on a T4, is slower than float32.
-    native = device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    return "bfloat16" if native else "float32"
+    gpus = torch.cuda.device_count() if device == "cuda" else 1
+    if gpus < 2 or "LOCAL_RANK" in os.environ:
+        return
+    print(f"scoring on {gpus} GPUs", flush=True)
+    launch = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(gpus))
+    os.execv(sys.executable, [sys.executable, *launch, *sys.argv])
 
 
-def load_model(
-    args: argparse.Namespace,
-    task: Task,
-    base: Repo,
-    config: Any,
-    adapter: Repo | None,
-    tokenizer: Any,
-    dtype: str,
-    device: str,
-) -> Any:
-    """The base model with the adapter on it, ready to score."""
-    import torch
+class Journal:
+    """What is finished of an evaluation, kept in a file that outlives the process.
 
-    kind = "causal" if task.prompt else "classify"
-    model = load_base(base, config, kind, task.labels, getattr(torch, dtype), device)
-    # A decoder with a classification head finds a row's last token by this id.
-    model.config.pad_token_id = tokenizer.pad_token_id
-    if adapter and not args.base_only:
-        model = load_adapter(model, adapter, base)
-    print(f"scoring on {device_name(device)} in {dtype}", flush=True)
-    return model.eval()
+    The first line is the key of everything that decides the values, each further one a stage and
+    some of its values by the index of their post. With `repo` the file also goes to the Hub every
+    `minutes`, for another machine to go on from.
+    """
+
+    def __init__(
+        self, file: Path, key: str, repo: tuple[str, str] | None = None, minutes: float = 5
+    ) -> None:
+        self.file, self.key, self.repo, self.minutes = file, key, repo, minutes
+        self.found: dict[str, dict[int, Any]] = {}
+        self.pushed = time.monotonic()
+
+    def load(self, fresh: bool) -> None:
+        """Read what an earlier start left here or on the Hub under the same key."""
+        lines = [] if fresh else self.read(self.file)
+        if self.repo and not fresh and (other := self.fetch()):
+            lines += self.read(other)
+        for stage, values in lines:
+            known = self.found.setdefault(stage, {})
+            known.update({int(index): value for index, value in values.items()})
+        # Written anew: a torn last line must not swallow the next one.
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        self.file.write_text(json.dumps({"key": self.key}) + "\n", encoding="utf-8")
+        for stage, values in self.found.items():
+            self.append(stage, values)
+        if count := sum(map(len, self.found.values())):
+            print(f"going on with {count} finished scores of an earlier start", flush=True)
+
+    def read(self, file: Path) -> list[tuple[str, dict[str, Any]]]:
+        """The whole lines of a file of this key; of another key, or damaged: nothing."""
+        lines: list[tuple[str, dict[str, Any]]] = []
+        try:
+            first, *rest = file.read_text(encoding="utf-8").split("\n")
+            if json.loads(first) != {"key": self.key}:
+                return []
+            for line in rest:
+                entry = json.loads(line)
+                lines.append((str(entry["stage"]), dict(entry["values"])))
+        except (OSError, ValueError, KeyError, TypeError):
+            pass
+        return lines
+
+    def fetch(self) -> Path | None:
+        """The file of another machine; None where there is none or the Hub does not answer."""
+        from httpx2 import HTTPError
+        from huggingface_hub import hf_hub_download
+
+        try:
+            return Path(hf_hub_download(self.repo[0], self.repo[1]))
+        except (HTTPError, OSError):
+            return None
+
+    def append(self, stage: str, values: dict[int, Any]) -> None:
+        with self.file.open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps({"stage": stage, "values": values}) + "\n")
+
+    def add(self, stage: str, values: dict[int, Any]) -> None:
+        """Keep finished values; a Hub that fails costs a line of the log and no value."""
+        self.found.setdefault(stage, {}).update(values)
+        self.append(stage, values)
+        if self.repo and time.monotonic() - self.pushed > 60 * self.minutes:
+            self.push()
+            self.pushed = time.monotonic()
+
+    def push(self) -> None:
+        from httpx2 import HTTPError
+        from huggingface_hub import CommitOperationAdd
+
+        operation = CommitOperationAdd(self.repo[1], path_or_fileobj=self.file)
+        try:
+            commit(self.repo[0], "model", [operation], f"Keep scores of {self.key[:8]}", tries=1)
+        except (HTTPError, OSError, RuntimeError) as error:
+            reason = str(error).splitlines()[0]
+            print(f"the scores so far are not on the Hub, only here ({reason})", flush=True)
 
 
-def device_name(device: str) -> str:
-    """The name of the GPU, or "cpu"."""
-    import torch
+def open_journals(
+    args: argparse.Namespace, key: str, repo: str | None, name: str, target: Path, world: World
+) -> list[Journal]:
+    """The first process's journals of scores and of answers; the others have none.
 
-    return torch.cuda.get_device_name() if device == "cuda" else device
+    Answers can quote their post, so they go to the Hub only where the posts may.
+    """
+    if world.rank:
+        return []
+    journals = []
+    for file, may_go in ((PARTIAL, True), (PARTIAL_ANSWERS, args.log_text)):
+        place = (repo, f"eval/{name}/{file}") if repo and may_go else None
+        journals.append(Journal(target / file, key, place, args.save_minutes))
+        journals[-1].load(args.fresh)
+    return journals
+
+
+def share_rows(rows: list[list[int]], sizes: list[int], parts: int) -> list[list[list[int]]]:
+    """Give each process about the same number of tokens: the largest row to the least loaded."""
+    shares: list[list[list[int]]] = [[] for _ in range(parts)]
+    loads = [0] * parts
+    for index in sorted(range(len(rows)), key=lambda row: -sizes[row]):
+        least = loads.index(min(loads))
+        shares[least].append(rows[index])
+        loads[least] += sizes[index]
+    return shares
+
+
+def run_rows(
+    rows: list[list[int]],
+    sizes: list[int],
+    compute: Callable[[list[int]], list[Any]],
+    stage: str,
+    journal: Journal | None,
+    world: World,
+) -> dict[int, Any]:
+    """Values of all posts of the rows, computed where the journal does not have them yet.
+
+    Rows are the same for any number of processes and after any stop, so the values are too.
+    """
+    wanted = [index for row in rows for index in row]
+    known = journal.found.get(stage, {}) if journal else {}
+    values = world.gather({index: known[index] for index in wanted if index in known})[0]
+    open_rows = [number for number, row in enumerate(rows) if not values.keys() >= set(row)]
+    shares = share_rows(
+        [rows[number] for number in open_rows], [sizes[number] for number in open_rows], world.size
+    )
+    begun = reported = time.monotonic()
+    before = len(values)
+    for turn in range(max(map(len, shares))):
+        mine = shares[world.rank][turn : turn + 1]
+        made = {
+            index: value for row in mine for index, value in zip(row, compute(row), strict=True)
+        }
+        fresh = {index: value for part in world.gather(made) for index, value in part.items()}
+        values |= fresh
+        if journal:
+            journal.add(stage, fresh)
+        done = len(values) == len(wanted)
+        if time.monotonic() - reported > 20 or (done and len(wanted) > 50):
+            reported = time.monotonic()
+            rate = (len(values) - before) / max(reported - begun, 1e-9)
+            print(f"{stage}: {len(values)} of {len(wanted)} posts, {rate:.1f}/s", flush=True)
+    return values
+
+
+def score_stage(
+    scorer: Scorer,
+    posts: list[list[int]],
+    indices: list[int],
+    stage: str,
+    journal: Journal | None,
+    world: World,
+) -> dict[int, list[float]]:
+    """Scores of some posts by index; see run_rows."""
+    rows = scorer.rows(posts, indices)
+    sizes = [scorer.size([posts[index] for index in row]) for row in rows]
+
+    def compute(row: list[int]) -> list[list[float]]:
+        return scorer.score([posts[index] for index in row])
+
+    return run_rows(rows, sizes, compute, stage, journal, world)
+
+
+def decision_margin(scores: list[float], positive: int, threshold: float) -> float:
+    """How far (nats) a post's scores are from another decision; see `decide`."""
+    if len(scores) > 2:
+        first, second = sorted(scores, reverse=True)[:2]
+        return first - second
+    if threshold in (0, 1):
+        return math.inf
+    return abs(scores[positive] - scores[1 - positive] - math.log(threshold / (1 - threshold)))
+
+
+def settle_near_ties(
+    scorer: Scorer,
+    posts: list[list[int]],
+    scores: list[list[float]],
+    margin: Callable[[list[float]], float],
+    stage: str,
+    journal: Journal | None,
+    world: World,
+) -> dict[str, Any]:
+    """Replace scores that rounding could have decided by those of a float32 pass; say how many.
+
+    The posts nearest to another decision are scored again, which measures the error of the first
+    pass. Posts within the larger of the largest error seen and four times its root mean square
+    follow, until no post is left within it.
+    """
+    exact: dict[int, list[float]] = {}
+    errors: list[float] = []
+    margins = [margin(row) for row in scores]
+    reach = 0.0
+    need = sorted(range(len(scores)), key=lambda index: (margins[index], posts[index]))[:16]
+    with scorer.in_float32():
+        while need:
+            found = score_stage(scorer, posts, need, f"{stage}, float32", journal, world)
+            errors += [largest_difference([found[index]], [scores[index]]) for index in need]
+            exact |= found
+            spread = math.sqrt(sum(error * error for error in errors) / len(errors))
+            reach = max(*errors, 4 * spread)
+            near = (index for index, distance in enumerate(margins) if distance < reach)
+            need = [index for index in near if index not in exact]
+    flipped = 0
+    for index, row in exact.items():
+        flipped += max(row) != row[scores[index].index(max(scores[index]))]
+        scores[index] = row
+    return {"rescored": len(exact), "largest_error": max(errors), "reach": reach}
 
 
 def score_posts(
-    model: Any, tokenizer: Any, encoded: list[list[int]], completions: list[list[int]], budget: int
-) -> list[list[float]]:
-    """Probability of each label for each post, shape posts x labels, with a line of progress."""
-    pad = tokenizer.pad_token_id or 0
-    scores: list[list[float]] = []
-    begun = reported = time.monotonic()
-    for start in range(0, len(encoded), 1024):
-        part = encoded[start : start + 1024]
-        if completions:
-            scores += score_completions(model, part, completions, pad, budget)
-        else:
-            scores += score_classes(model, part, pad, budget)
-        if time.monotonic() - reported > 20 or len(scores) == len(encoded):
-            reported = time.monotonic()
-            rate = len(scores) / (reported - begun)
-            print(f"scored {len(scores)} of {len(encoded)} posts, {rate:.1f}/s", flush=True)
-    probabilities = [softmax(row) for row in scores]
-    if any(math.isnan(p) for row in probabilities for p in row):
+    scorer: Scorer,
+    encoded: list[list[int]],
+    margin: Callable[[list[float]], float],
+    rounded: bool,
+    stage: str,
+    journal: Journal | None,
+    world: World,
+) -> tuple[list[list[float]], list[bool], dict[str, Any]]:
+    """Scores (nats) of each post, whether it is a near tie, and what was done about those.
+
+    Posts of the same tokens are scored once. `rounded` says that the run's precision is less than
+    float32.
+    """
+    posts = sorted(map(list, {tuple(ids) for ids in encoded}), key=lambda ids: (-len(ids), ids))
+    indices = list(range(len(posts)))
+    found = score_stage(scorer, posts, indices, stage, journal, world)
+    scores = [found[index] for index in indices]
+    if any(math.isnan(score) for row in scores for score in row):
         fail("the model's scores are not numbers. Try --dtype float32.", code=1)
-    return probabilities
+    ties, record = TIE, {"rescored": 0, "largest_error": None, "reach": TIE}
+    if rounded and can_widen(scorer.model):
+        record = settle_near_ties(scorer, posts, scores, margin, stage, journal, world)
+    elif rounded:
+        ties = max(TIE, 4 * scorer.record["largest_difference"])
+        record["reach"] = ties
+    place = {tuple(ids): index for index, ids in enumerate(posts)}
+    where = [place[tuple(ids)] for ids in encoded]
+    near = [margin(scores[index]) < ties for index in where]
+    record |= {"posts": len(encoded), "distinct_prompts": len(posts), "near_ties": sum(near)}
+    return [scores[index] for index in where], near, record
+
+
+def encode_prompts(
+    tokenizer: Any,
+    scaffold: Scaffold,
+    conversations: list[list[dict[str, str]]],
+    texts: list[str],
+    room: int,
+) -> list[tuple[list[int], bool]]:
+    """What `encode_prompt` gives for each post, the ordinary ones tokenised in one call.
+
+    Ordinary are prompts that fit and hold no control token in a message.
+    """
+    special = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
+    control = re.compile("|".join(map(re.escape, special)) or r"(?!)")
+    start = [] if tokenizer.chat_template else list(tokenizer("")["input_ids"])
+    filled: dict[int, str] = {}
+    for index, messages in enumerate(conversations):
+        contents = [message["content"] for message in messages]
+        if not any(control.search(content) for content in contents):
+            pieces = zip(scaffold.pieces, contents, strict=False)
+            text = "".join(piece + content for piece, content in pieces)
+            filled[index] = text + scaffold.pieces[len(contents)]
+    ids = tokenizer(list(filled.values()), add_special_tokens=False)["input_ids"] if filled else []
+    quick = {
+        index: start + one
+        for index, one in zip(filled, ids, strict=True)
+        if len(start) + len(one) <= room
+    }
+    return [
+        (quick[index], False)
+        if index in quick
+        else encode_prompt(tokenizer, scaffold, conversations[index], text, room)
+        for index, text in enumerate(texts)
+    ]
+
+
+def build_scorer(
+    args: argparse.Namespace,
+    model: Any,
+    tokenizer: Any,
+    answers: list[list[int]],
+    encoded: list[list[int]],
+    setup: Setup,
+) -> Scorer:
+    """The scorer on its fastest exact path, checked on a few of the posts."""
+    budget = args.tokens_per_batch or default_budget(model)
+    scorer = Scorer(model, answers, tokenizer.pad_token_id or 0, budget, setup)
+    scorer.begin(encoded)
+    scorer.check(encoded, scorer.path)
+    record = scorer.record
+    print(
+        f"scoring path {record['path']}: {record['checked_posts']} posts differ from naive "
+        f"scoring by at most {record['largest_difference']:.1e} nats in {record['checked_in']}",
+        flush=True,
+    )
+    return scorer
+
+
+def default_budget(model: Any) -> int:
+    """Tokens of a row: on a CPU what keeps its caches warm, on a GPU what its free memory holds.
+
+    A power of two, so that a little more or less free memory gives the same rows.
+    """
+    import torch
+
+    if model.device.type != "cuda":
+        return 1024
+    config = bare_model(model).config.get_text_config(decoder=True)
+    wide = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
+    # About eight states of the body and four of the widest layer are alive at once, in float32.
+    one = 4 * (8 * config.hidden_size + 4 * wide)
+    free, _ = torch.cuda.mem_get_info()
+    return min(16384, max(256, 2 ** int(math.log2(max(free // 2 // one, 1)))))
+
+
+def decide_posts(
+    args: argparse.Namespace,
+    task: Task,
+    scorer: Scorer,
+    tokenizer: Any,
+    posts: list[dict[str, Any]],
+    encoded: list[list[int]],
+    journals: list[Journal],
+    world: World,
+) -> dict[str, Any]:
+    """Give each post its probabilities, prediction and near_tie; return how that was done."""
+    begun = time.monotonic()
+    rounded = scorer.setup.rounded
+    positive = task.labels.index(task.positive)
+
+    def margin(row: list[float]) -> float:
+        return decision_margin(row, positive, args.threshold)
+
+    scoring = dict(scorer.record)
+    for stage, prefix in (("scores", ""), ("scores of the base", "base_"))[: 1 + args.with_base]:
+        without = scorer.model.disable_adapter() if prefix else contextlib.nullcontext()
+        with without:
+            scorer.use(scorer.path)
+            scores, near, record = score_posts(
+                scorer, encoded, margin, rounded, stage, journals[0] if journals else None, world
+            )
+        for post, row, tie in zip(posts, scores, near, strict=True):
+            post[f"{prefix}probabilities"] = dict(zip(task.labels, softmax(row), strict=True))
+            post[f"{prefix}near_tie"] = tie
+            post[f"{prefix}prediction"] = decide(
+                post[f"{prefix}probabilities"], task, args.threshold
+            )
+        scoring[f"{prefix}scores"] = record
+        if record["rescored"]:
+            print(
+                f"{stage}: {record['rescored']} near ties scored again in float32 (error of the "
+                f"first pass up to {record['largest_error']:.2g} nats); {record['near_ties']} left",
+                flush=True,
+            )
+    scoring |= {"attention": scorer.attention(), "tokens_per_row": scorer.budget}
+    scoring |= {"autocast": scorer.setup.autocast, "mode": args.mode}
+    if args.mode == "generate" or args.rationales:
+        scoring["answers"] = answer_posts(
+            args, task, scorer, tokenizer, posts, encoded, journals, world
+        )
+    return {"scoring": scoring | {"seconds": round(time.monotonic() - begun, 3)}}
 
 
 def softmax(scores: list[float]) -> list[float]:
@@ -543,17 +1156,878 @@ def decide(probabilities: dict[str, float], task: Task, threshold: float) -> str
     return task.positive if probabilities[task.positive] >= threshold else task.negative
 
 
+# --- engine ----------------------------------------------------------------------------------
+
+
+# From the fastest to the plainest; each is exact where the model's code does what it seems to.
+PATHS = ("packed", "padded_with_prefix", "padded", "naive")
+# Largest differences, in nats, between a path's margins and the naive ones that are taken for
+# rounding: of float32 sums, and of bfloat16 ones where float32 cannot be had.
+TOLERANCE, COARSE_TOLERANCE = 1e-3, 1.0
+# A float32 margin below this may be the other way round on another machine.
+TIE = 1e-4
+# Bytes of attention scores that are computed at once: the second-level cache of a CPU core.
+CPU_TILE, GPU_TILE = 1 << 20, 1 << 28
+
+
+@dataclass(frozen=True)
+class LabelTree:
+    """The labels' completions as one tree: a shared trunk, then what has to be computed once.
+
+    A node is the beginning of at least one completion after the trunk, without its last token.
+    `steps` says of each label where its tokens are predicted: (place, token), place 0 being the
+    trunk's end and place n + 1 the node n.
+    """
+
+    trunk: list[int]
+    tokens: list[int]
+    depths: list[int]
+    sees: list[list[bool]]
+    steps: list[list[tuple[int, int]]]
+
+
+def build_tree(completions: list[list[int]]) -> LabelTree:
+    """Fold the completions of all labels, none of which begins another, into a tree."""
+    trunk = common_prefix(completions)
+    tails = [tuple(completion[len(trunk) :]) for completion in completions]
+    inner = {tail[:end] for tail in tails for end in range(1, len(tail))}
+    nodes = sorted(inner, key=lambda node: (len(node), node))
+    places = {(): 0} | {node: place for place, node in enumerate(nodes, start=1)}
+    return LabelTree(
+        trunk,
+        tokens=[node[-1] for node in nodes],
+        depths=[len(node) for node in nodes],
+        sees=[[node[: len(other)] == other for other in nodes] for node in nodes],
+        steps=[[(places[tail[:at]], token) for at, token in enumerate(tail)] for tail in tails],
+    )
+
+
+class PackedRow:
+    """Posts behind one another in a single row, each with the label tree after its last token.
+
+    `posts` are the token ids after the `prefix` tokens that all posts share, longest post first.
+    A slot is a place within a post, from 0 to the longest one's length L.
+    """
+
+    def __init__(self, posts: list[list[int]], prefix: int, tree: LabelTree, device: Any) -> None:
+        import torch
+
+        nodes = len(tree.tokens)
+        self.prefix, self.sizes = prefix, [len(post) + nodes for post in posts]
+        ids = [token for post in posts for token in (*post, *tree.tokens)]
+        positions = [
+            prefix + place
+            for post in posts
+            for place in (*range(len(post)), *(len(post) - 1 + depth for depth in tree.depths))
+        ]
+        ends = torch.tensor([len(post) for post in posts])
+        sizes = ends + nodes
+        starts = sizes.cumsum(0) - sizes
+        slot = torch.arange(self.sizes[0])
+        inside = slot < sizes[:, None]
+        allowed = (slot <= slot[:, None])[None]
+        if nodes:
+            node = slot - ends[:, None]
+            ancestor = torch.tensor(tree.sees)
+            at = node.clamp(0, nodes - 1)
+            related = (node < 0)[:, None, :] | ancestor[at[:, :, None], at[:, None, :]]
+            allowed = allowed & related & inside[:, None, :]
+        places = [ends[:, None] - 1, ends[:, None] + torch.arange(nodes)]
+        self.has_tree = nodes > 0
+        self.ids = torch.tensor([ids], device=device)
+        self.positions = torch.tensor([positions], device=device)
+        # Where the logits count: the end of each post's trunk, then its nodes.
+        self.needed = (starts[:, None] + torch.cat(places, 1)).flatten().to(device)
+        # Shape posts x L: the row's index of each slot (0 beyond a post's end), its position.
+        self.slots = torch.where(inside, starts[:, None] + slot, 0).to(device)
+        # Shape posts (or 1, where all are the same) x L x L: which slot sees which.
+        self.allowed = allowed.to(device)
+        self.tiles_made: dict[Any, list[Tile]] = {}
+
+    def tiles(self, heads: int, dtype: Any, most_bytes: int) -> list[Tile]:
+        """Divide the row into runs of posts whose attention scores fit into `most_bytes`."""
+        import torch
+
+        key = (heads, dtype, most_bytes)
+        if key in self.tiles_made:
+            return self.tiles_made[key]
+        tiles, first, start = [], 0, 0
+        while first < len(self.sizes):
+            longest = self.sizes[first]
+            one = heads * longest * (self.prefix + longest) * dtype.itemsize
+            last = first + max(1, most_bytes // one)
+            sizes = self.sizes[first:last]
+            allowed = self.allowed[first:last] if len(self.allowed) > 1 else self.allowed
+            bias = torch.zeros_like(allowed[:, :longest, :longest], dtype=dtype)
+            bias.masked_fill_(~allowed[:, :longest, :longest], torch.finfo(dtype).min)
+            slots = inside = None
+            if sizes[-1] < longest:
+                slots = self.slots[first:last, :longest]
+                lengths = torch.tensor(sizes, device=slots.device)
+                inside = torch.arange(longest, device=slots.device) < lengths[:, None]
+                inside = inside.flatten().nonzero()[:, 0]
+            tokens = slice(start, start + sum(sizes))
+            tiles.append(Tile(slice(first, last), tokens, len(sizes), longest, slots, inside, bias))
+            first, start = first + len(sizes), tokens.stop
+        self.tiles_made[key] = tiles
+        return tiles
+
+
+@dataclass(frozen=True)
+class Tile:
+    """A run of posts of a row; where they differ in length, `slots` and `inside` pad them."""
+
+    posts: slice
+    tokens: slice
+    count: int
+    longest: int
+    slots: Any
+    inside: Any
+    bias: Any
+
+
+class PackedAttention:
+    """Attention of a packed row: every token sees the shared prefix and its own post.
+
+    transformers calls it under the name "packed". Scores exist only between a token and the
+    prefix, in one product for a whole tile, and within each post: nothing is computed for two
+    posts together, and the prefix is never copied. Query heads that share a key head are rows of
+    the same product.
+    """
+
+    def __init__(self) -> None:
+        self.row: PackedRow | None = None
+        self.kernels: set[str] = set()
+
+    def register(self) -> None:
+        """Make it known to transformers; registering again replaces the earlier one."""
+        from transformers import AttentionInterface
+        from transformers.masking_utils import AttentionMaskInterface
+
+        AttentionInterface.register("packed", self)
+        AttentionMaskInterface.register("packed", self.mask)
+
+    def mask(self, *, mask_function: Any, dtype: Any, device: Any, **_: Any) -> Any:
+        """What a layer's type hides from the row's slots; None where that is the future alone.
+
+        `mask_function` is transformers' rule of the layer type (causal, sliding, chunked), here
+        asked about positions within a post. Returns a bias of shape posts x L x (prefix + L).
+        """
+        import torch
+
+        row = self.row
+        end = int(row.positions.max()) + 1
+        query = torch.arange(row.prefix, end, device=device)[:, None]
+        key = torch.arange(end, device=device)[None]
+        zero = torch.zeros((), dtype=torch.long, device=device)
+        rule = mask_function(zero, zero, query, key)
+        if torch.equal(rule, key <= query):
+            return None
+        at = row.positions[0][row.slots]
+        among = rule[(at - row.prefix)[:, :, None], at[:, None, :]] & row.allowed
+        before = rule[at - row.prefix, : row.prefix]
+        seen = torch.cat([before, among], -1)
+        return torch.zeros_like(seen, dtype=dtype).masked_fill_(~seen, torch.finfo(dtype).min)
+
+    def __call__(
+        self,
+        module: Any,
+        query: Any,
+        key: Any,
+        value: Any,
+        attention_mask: Any,
+        scaling: float | None = None,
+        softcap: float | None = None,
+        s_aux: Any = None,
+        **_: Any,
+    ) -> tuple[Any, None]:
+        """Attend; `query` has the shape 1 x heads x tokens x size, the result tokens before heads.
+
+        `s_aux` is a learned score per head that takes part in the softmax and has no value
+        (attention sinks); `softcap` bounds the scores.
+        """
+        import torch
+
+        scaling = scaling if scaling is not None else query.shape[-1] ** -0.5
+        half = value.dtype in (torch.bfloat16, torch.float16)
+        plain = attention_mask is None and softcap is None and not self.row.has_tree
+        if value.is_cuda and half and plain and query.shape[-1] == value.shape[-1] <= 256:
+            self.kernels.add("flash")
+            return self.attend_flash(query, key, value, scaling, s_aux), None
+        self.kernels.add("grouped")
+        return self.attend_grouped(query, key, value, attention_mask, scaling, softcap, s_aux), None
+
+    def attend_grouped(
+        self,
+        query: Any,
+        key: Any,
+        value: Any,
+        mask: Any,
+        scaling: float,
+        softcap: float | None,
+        sinks: Any,
+    ) -> Any:
+        """Matrix products over tiles that stay in the cache; any mask, any model."""
+        import torch
+
+        row, heads, tokens, size = self.row, query.shape[1], query.shape[2], query.shape[3]
+        groups, prefix = key.shape[1], self.row.prefix
+        share = heads // groups
+        query = (query[0] * scaling).view(groups, share, tokens, size).transpose(1, 2)
+        before, shown = key[0, :, :prefix].transpose(1, 2), value[0, :, :prefix]
+        key, value = key[0, :, prefix:], value[0, :, prefix:]
+        most = GPU_TILE if query.is_cuda else CPU_TILE
+        parts = []
+        for tile in row.tiles(heads, value.dtype, most):
+            n, length = tile.count, tile.longest
+            place = tile.tokens if tile.slots is None else tile.slots
+            lines = query[:, place].reshape(groups, n * length * share, size)
+            keys = key[:, place].reshape(groups * n, length, size)
+            values = value[:, place].reshape(groups * n, length, -1)
+            scores = torch.bmm(
+                lines.reshape(groups * n, length * share, size), keys.transpose(1, 2)
+            )
+            scores = scores.view(groups, n, length, share, length)
+            if softcap is not None:
+                scores = softcap * torch.tanh(scores / softcap)
+            bias = tile.bias
+            if mask is not None:
+                mine = mask[tile.posts, :length]
+                bias = mine[..., prefix : prefix + length]
+            scores = scores + bias[:, :, None].to(scores.dtype)
+            scores = scores.view(groups, n * length * share, length)
+            if prefix:
+                left = torch.bmm(lines, before)
+                if softcap is not None:
+                    left = softcap * torch.tanh(left / softcap)
+                if mask is not None:
+                    hidden = mine[:, :, None, :prefix].to(left.dtype)
+                    left = left.view(groups, n, length, share, prefix) + hidden
+                    left = left.view(groups, n * length * share, prefix)
+                scores = torch.cat([left, scores], -1)
+            if sinks is not None:
+                sink = sinks.to(scores.dtype).view(groups, 1, share, 1)
+                sink = sink.expand(groups, n * length, share, 1).reshape(groups, -1, 1)
+                scores = torch.cat([scores, sink], -1)
+            weights = torch.softmax(scores, -1)
+            own = weights[..., prefix : prefix + length].reshape(groups * n, -1, length)
+            mixed = torch.bmm(own, values).view(groups, n * length * share, -1)
+            if prefix:
+                mixed = mixed + torch.bmm(weights[..., :prefix], shown)
+            mixed = mixed.view(groups, n * length, share, -1).transpose(0, 1)
+            mixed = mixed.reshape(n * length, heads, -1)
+            parts.append(mixed if tile.inside is None else mixed[tile.inside])
+        return torch.cat(parts)[None]
+
+    def attend_flash(self, query: Any, key: Any, value: Any, scaling: float, sinks: Any) -> Any:
+        """FlashAttention of torch: to the prefix, within the posts, then joined by their weights.
+
+        Each call also gives the logarithm of its softmax's denominator, so two softmaxes over
+        parts make the one over all keys (Dao, FlashAttention-2, arXiv 2307.08691).
+        """
+        import torch
+        from torch.nn.attention.varlen import AuxRequest, varlen_attn
+
+        row, device = self.row, query.device
+        query, key = (part[0].transpose(0, 1).to(value.dtype) for part in (query, key))
+        value = value[0].transpose(0, 1)
+
+        def attend(keys: Any, values: Any, *sizes: list[int], window: tuple[int, int]) -> Any:
+            starts = [
+                torch.tensor([0, *itertools.accumulate(one)], dtype=torch.int32, device=device)
+                for one in sizes
+            ]
+            mixed, denominators = varlen_attn(
+                *(query, keys.contiguous(), values.contiguous(), *starts, *map(max, sizes)),
+                return_aux=AuxRequest(lse=True),
+                scale=scaling,
+                window_size=window,
+                enable_gqa=query.shape[1] != keys.shape[1],
+            )
+            return mixed, denominators.float().transpose(0, 1)[..., None]
+
+        prefix = row.prefix
+        mixed, total = attend(key[prefix:], value[prefix:], row.sizes, row.sizes, window=(-1, 0))
+        if prefix:
+            whole = [len(query)], [prefix]
+            other, logs = attend(key[:prefix], value[:prefix], *whole, window=(-1, -1))
+            joint = torch.logaddexp(total, logs)
+            mixed = mixed * (total - joint).exp() + other * (logs - joint).exp()
+            total = joint
+        if sinks is not None:
+            mixed = mixed * torch.sigmoid(total - sinks.float()[None, :, None])
+        return mixed[None].to(value.dtype)
+
+
+@dataclass(frozen=True)
+class Prefix:
+    """The first `length` tokens of every prompt: each layer's keys and values of them."""
+
+    length: int = 0
+    layers: tuple[tuple[Any, Any], ...] = ()
+
+    def cache(self, rows: int = 1) -> Any:
+        """A cache of its own for one forward of `rows` rows, which that forward will lengthen."""
+        from transformers import DynamicCache
+
+        cache = DynamicCache()
+        for index, (keys, values) in enumerate(self.layers):
+            shape = (rows, -1, -1, -1)
+            cache.update(keys.expand(shape), values.expand(shape), index)
+        return cache
+
+
+class Scorer:
+    """Scores labels for posts with one loaded model, by the fastest path that proves exact.
+
+    `completions` are the labels' answers as token ids; a sequence classifier has none.
+    """
+
+    def __init__(
+        self, model: Any, completions: list[list[int]], pad: int, budget: int, setup: Setup
+    ) -> None:
+        self.model, self.pad, self.budget, self.setup = model, pad, budget, setup
+        self.completions = completions
+        self.tree = build_tree(completions) if completions else LabelTree([], [], [], [], [])
+        self.path = PATHS[0] if completions else "padded"
+        self.own_attention = attention_of(model)
+        self.packed = PackedAttention()
+        self.packed.register()
+        self.shared: list[int] = []
+        self.prefix: Prefix | None = None
+        self.exact = False
+        self.record: dict[str, Any] = {}
+
+    def begin(self, posts: list[list[int]]) -> None:
+        """Find the beginning that all prompts share; at least one token of each stays its own."""
+        shared = common_prefix([min(posts), max(posts)])
+        self.shared = shared[: min(map(len, posts)) - 1] if self.completions else []
+        self.use(self.path)
+
+    def use(self, path: str) -> None:
+        """Take a path; what was computed for another one is dropped."""
+        self.path, self.prefix = path, None
+        if self.completions:
+            name = "packed" if path == "packed" else self.own_attention
+            if attention_of(self.model) != name:
+                bare_model(self.model).set_attn_implementation(name)
+
+    def forward(self, **inputs: Any) -> Any:
+        """The model's logits, computed as the scorer stands: autocast, or exactly in float32."""
+        import torch
+
+        kind = self.model.device.type
+        autocast = self.setup.autocast and not self.exact
+        # no_grad and not inference_mode: `full_precision` exchanges weights between calls.
+        with torch.no_grad(), torch.autocast(kind, torch.bfloat16, enabled=autocast):
+            return self.model(**inputs).logits
+
+    @contextlib.contextmanager
+    def in_float32(self) -> Iterator[None]:
+        """Compute in float32, whatever the weights are stored in."""
+        self.exact, self.prefix = True, None
+        try:
+            with full_precision(self.model):
+                yield
+        finally:
+            self.exact, self.prefix = False, None
+
+    def size(self, posts: list[list[int]]) -> int:
+        """Tokens that the posts take in one row or batch, without the shared prefix."""
+        shared = len(self.shared) if self.path in PATHS[:2] else 0
+        lengths = [len(post) - shared + len(self.tree.trunk) for post in posts]
+        if self.path == "packed":
+            return sum(lengths) + len(posts) * len(self.tree.tokens)
+        return max(lengths) * len(posts) * (len(self.completions) if self.tree.tokens else 1)
+
+    def rows(self, posts: list[list[int]], indices: list[int]) -> list[list[int]]:
+        """Fill rows with posts, longest first, up to the budget of tokens.
+
+        Posts of one length are in the order of their tokens, so the rows depend on which posts
+        there are and on nothing else.
+        """
+        ordered = sorted(indices, key=lambda index: (-len(posts[index]), posts[index]))
+        if self.path == "naive":
+            return [[index] for index in ordered]
+        rows: list[list[int]] = []
+        used = 0
+        for index in ordered:
+            # The first post of a row is its longest, so a padded row grows by that length.
+            grows = self.size([posts[rows[-1][0] if rows and self.path != "packed" else index]])
+            if not rows or used + grows > self.budget:
+                rows.append([])
+                used, grows = 0, self.size([posts[index]])
+            rows[-1].append(index)
+            used += grows
+        return rows
+
+    def score(self, posts: list[list[int]]) -> list[list[float]]:
+        """Scores of one row, shape posts x labels; halved as often as memory asks."""
+        if len(posts) > 1 and self.size(posts) > self.budget:
+            half = (len(posts) + 1) // 2
+            return self.score(posts[:half]) + self.score(posts[half:])
+        return self.within_memory(posts, self.score_row)
+
+    def within_memory(
+        self, posts: list[list[int]], compute: Callable[[list[list[int]]], list[Any]]
+    ) -> list[Any]:
+        """Compute for all posts at once, or for halves of them where memory does not suffice."""
+        try:
+            return compute(posts)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            reason = str(error).splitlines()[0]
+        size = self.size(posts)
+        if len(posts) == 1:
+            fail(
+                f"one post of {size} tokens does not fit into memory ({reason}). Take a larger "
+                "GPU, --load_in_4bit true, or a smaller --max_length.",
+                code=1,
+            )
+        empty_cache()
+        self.budget = min(self.budget, max(size // 2, 1))
+        print(f"out of memory with {size} tokens: going on with {self.budget}", flush=True)
+        half = (len(posts) + 1) // 2
+        parts = (self.within_memory(part, compute) for part in (posts[:half], posts[half:]))
+        return [value for part in parts for value in part]
+
+    def score_row(self, posts: list[list[int]]) -> list[list[float]]:
+        """Scores of one row by the scorer's path: log-likelihoods (nats), a classifier's logits."""
+        if not self.completions:
+            return self.score_classes(posts)
+        if self.path == "naive":
+            return [self.score_naive(post) for post in posts]
+        if self.prefix is None:
+            self.prefix = self.read_prefix()
+        trunk, shared = self.tree.trunk, self.prefix.length
+        posts = [post[shared:] + trunk for post in posts]
+        return self.score_packed(posts) if self.path == "packed" else self.score_padded(posts)
+
+    def read_prefix(self) -> Prefix:
+        """Run the model once over what all prompts share."""
+        import torch
+
+        if not self.shared or self.path == "padded":
+            return Prefix()
+        device, cache = self.model.device, Prefix().cache()
+        ids = torch.tensor([self.shared], device=device)
+        positions = torch.arange(len(self.shared), device=device)[None]
+        self.packed.row = PackedRow([self.shared], 0, LabelTree([], [], [], [], []), device)
+        self.forward(
+            input_ids=ids,
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        layers = tuple((layer.keys, layer.values) for layer in cache.layers)
+        if any(keys.shape[-2] != len(self.shared) for keys, _ in layers):
+            raise ValueError("a layer keeps something else than all keys")
+        return Prefix(len(self.shared), layers)
+
+    def score_packed(self, posts: list[list[int]]) -> list[list[float]]:
+        """All posts in one row without padding; see PackedRow and PackedAttention."""
+        import torch
+
+        tree = self.tree
+        row = PackedRow(posts, self.prefix.length, tree, self.model.device)
+        self.packed.row = row
+        logits = self.forward(
+            input_ids=row.ids,
+            position_ids=row.positions,
+            past_key_values=self.prefix.cache(),
+            use_cache=True,
+            logits_to_keep=row.needed,
+        )
+        logits = logits[0].float().view(len(posts), len(tree.tokens) + 1, -1)
+        normaliser = logits.logsumexp(-1)
+        scores = [
+            torch.stack([logits[:, at, token] - normaliser[:, at] for at, token in steps]).sum(0)
+            for steps in tree.steps
+        ]
+        return torch.stack(scores, 1).tolist()
+
+    def score_padded(self, posts: list[list[int]]) -> list[list[float]]:
+        """A batch padded on the left, a row per label where a label has several tokens."""
+        import torch
+
+        cut = len(self.tree.trunk)
+        tails = [completion[cut:] for completion in self.completions]
+        branches = [tail[:-1] for tail in tails] if self.tree.tokens else [[]]
+        rows = [post + branch for post in posts for branch in branches]
+        keep, width = max(map(len, branches)) + 1, max(map(len, rows))
+        shared, device = self.prefix.length, self.model.device
+        ids = torch.full((len(rows), width), self.pad)
+        mask = torch.zeros((len(rows), shared + width), dtype=torch.long)
+        mask[:, :shared] = 1
+        for line, row in enumerate(rows):
+            ids[line, width - len(row) :] = torch.tensor(row)
+            mask[line, shared + width - len(row) :] = 1
+        cached = {"past_key_values": self.prefix.cache(len(rows))} if shared else {}
+        logits = self.forward(
+            input_ids=ids.to(device),
+            attention_mask=mask.to(device),
+            position_ids=(mask.cumsum(-1) - 1).clamp(min=0)[:, shared:].to(device),
+            use_cache=bool(shared),
+            logits_to_keep=keep,
+            **cached,
+        )
+        likelihood = torch.log_softmax(logits[:, -keep:].float(), -1).cpu()
+        scores = []
+        for post in range(len(posts)):
+            lines = likelihood[post * len(branches) :]
+            scores.append(
+                [
+                    sum(
+                        lines[min(branch, len(branches) - 1), place - len(tail), token].item()
+                        for place, token in enumerate(tail)
+                    )
+                    for branch, tail in enumerate(tails)
+                ]
+            )
+        return scores
+
+    def score_naive(self, post: list[int]) -> list[float]:
+        """The definition: a forward per label, alone and without cache, softmax in float32.
+
+        A classifier's post is alone too, and its logits are the scores.
+        """
+        import torch
+
+        if not self.completions:
+            return self.score_classes([post])[0]
+        cut, seen, scores = len(self.tree.trunk), {}, []
+        for completion in self.completions:
+            # The last token of a label is predicted, not read: labels of one token share a row.
+            ids = (*post, *completion[:-1])
+            if ids not in seen:
+                row = torch.tensor([ids], device=self.model.device)
+                logits = self.forward(input_ids=row, use_cache=False)[0, len(post) - 1 :]
+                seen[ids] = torch.log_softmax(logits.float(), -1).cpu()
+            steps = range(cut, len(completion))
+            scores.append(sum(seen[ids][step, completion[step]].item() for step in steps))
+        return scores
+
+    def score_classes(self, posts: list[list[int]]) -> list[list[float]]:
+        """Logits of a sequence classifier for a batch padded on the right."""
+        import torch
+
+        width, device = max(map(len, posts)), self.model.device
+        ids = torch.full((len(posts), width), self.pad)
+        mask = torch.zeros((len(posts), width), dtype=torch.long)
+        for line, post in enumerate(posts):
+            ids[line, : len(post)] = torch.tensor(post)
+            mask[line, : len(post)] = 1
+        logits = self.forward(input_ids=ids.to(device), attention_mask=mask.to(device))
+        return logits.float().tolist()
+
+    def generate(
+        self, posts: list[list[int]], stops: list[int], most: int
+    ) -> list[tuple[list[int], bool]]:
+        """Greedy continuations of at most `most` tokens, and whether each came to a stop token."""
+        import torch
+        from transformers import GenerationConfig
+
+        if self.prefix is None:
+            self.prefix = self.read_prefix()
+        shared, width = self.prefix.length, max(map(len, posts))
+        ids = torch.full((len(posts), width), self.pad)
+        mask = torch.zeros((len(posts), width), dtype=torch.long)
+        for line, post in enumerate(posts):
+            # The padding stands behind the shared beginning, whose keys are in the cache.
+            own = post[shared:]
+            for target, values in ((ids, torch.tensor(post)), (mask, torch.ones(len(post)))):
+                target[line, :shared] = values[:shared]
+                target[line, width - len(own) :] = values[shared:]
+        settings = GenerationConfig(
+            do_sample=False, max_new_tokens=most, eos_token_id=stops, pad_token_id=self.pad
+        )
+        cached = {"past_key_values": self.prefix.cache(len(posts))} if shared else {}
+        kind, device = self.model.device.type, self.model.device
+        with torch.no_grad(), torch.autocast(kind, torch.bfloat16, enabled=self.setup.autocast):
+            made = self.model.generate(
+                input_ids=ids.to(device),
+                attention_mask=mask.to(device),
+                generation_config=settings,
+                **cached,
+            )
+        answers = []
+        for line in made[:, width:].tolist():
+            ends = [place for place, token in enumerate(line) if token in stops]
+            answers.append((line[: ends[0]], True) if ends else (line, False))
+        return answers
+
+    def check(self, posts: list[list[int]], first: str) -> None:
+        """Score a few posts naively and go from a first path down to one of the same margins.
+
+        Compared in float32 even where the run is not, so that a wrong mask cannot hide behind
+        rounding; where float32 cannot be had, with a tolerance for bfloat16.
+        """
+        ordered = sorted(posts, key=lambda post: (-len(post), post))
+        places = {0, len(posts) // 3, 2 * len(posts) // 3, len(posts) - 1}
+        sample = [ordered[place] for place in sorted(places)]
+        widened = can_widen(self.model)
+        tolerance = TOLERANCE if widened else COARSE_TOLERANCE
+        steps_down = []
+        with self.in_float32() if widened else contextlib.nullcontext():
+            self.use("naive")
+            expected = [self.score_naive(post) for post in sample]
+            for path in PATHS[PATHS.index(first) :]:
+                self.use(path)
+                try:
+                    largest = largest_difference(self.score(sample), expected)
+                    reason = f"its margins differ by up to {largest:.2g}"
+                except Exception as error:
+                    # Foreign model code can raise anything where it is asked for something new.
+                    if is_out_of_memory(error):
+                        raise
+                    largest, reason = math.inf, f"{type(error).__name__}: {error}".splitlines()[0]
+                if largest <= tolerance:
+                    break
+                steps_down.append({"path": path, "reason": visible(reason, 300)})
+                print(f"scoring path {path} is not exact here ({visible(reason, 300)})", flush=True)
+        if not largest <= tolerance:
+            fail("the model's scores are not numbers. Try --dtype float32.", code=1)
+        # A path is computed anew in the run's own precision.
+        self.use(path)
+        self.record = {
+            "path": path,
+            "steps_down": steps_down,
+            "checked_posts": len(sample),
+            "checked_in": "float32" if widened else "the run's precision",
+            "largest_difference": largest,
+            "tolerance": tolerance,
+        }
+
+    def attention(self) -> str:
+        """The attention that the path computes with."""
+        if self.path == "packed":
+            return "packed: " + ", ".join(sorted(self.packed.kernels))
+        return self.own_attention
+
+
+def largest_difference(scores: list[list[float]], expected: list[list[float]]) -> float:
+    """Largest difference (nats) of a post's margins between any two labels; nan counts as inf."""
+    gaps = [
+        [one - other for one, other in zip(found, wanted, strict=True)]
+        for found, wanted in zip(scores, expected, strict=True)
+    ]
+    spans = [max(gap) - min(gap) for gap in gaps]
+    return math.inf if any(math.isnan(value) for gap in gaps for value in gap) else max(spans)
+
+
+def bare_model(model: Any) -> Any:
+    """The transformers model below an adapter."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def attention_of(model: Any) -> str:
+    """The name of the attention that a model computes with."""
+    return bare_model(model).config._attn_implementation
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Say whether an error means that memory, of a GPU or of the machine, is exhausted."""
+    import torch
+
+    exhausted = "DefaultCPUAllocator" in str(error) and "allocate" in str(error)
+    return exhausted or isinstance(error, (torch.OutOfMemoryError, MemoryError))
+
+
+def empty_cache() -> None:
+    """Give back what torch holds of a GPU's memory without using it."""
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def can_widen(model: Any) -> bool:
+    """Say whether `full_precision` reaches every weight: not those of kernels of their own."""
+    return not any(type(module).__name__.startswith("Mxfp4") for module in model.modules())
+
+
+@contextlib.contextmanager
+def full_precision(model: Any) -> Iterator[None]:
+    """Let a model compute in float32 without a second copy of it in memory.
+
+    Each module's own weights are widened when it is called and put back when it returns, so one
+    layer at a time takes more room. Weights of four bits are dequantised for each product.
+    """
+    import torch
+
+    kept: dict[tuple[Any, str], Any] = {}
+    replaced, handles = [], []
+
+    def widen(module: Any, *_: Any) -> None:
+        for name, weight in module._parameters.items():
+            if weight is not None and weight.dtype in (torch.bfloat16, torch.float16):
+                kept[module, name] = weight.data
+                weight.data = weight.data.float()
+
+    def put_back(module: Any, *_: Any) -> None:
+        for name in module._parameters:
+            if (module, name) in kept:
+                module._parameters[name].data = kept.pop((module, name))
+
+    for module in model.modules():
+        if type(module).__name__ == "Linear4bit":
+            replaced.append(module)
+            module.forward = dequantised(module)
+        elif any(True for _ in module.parameters(recurse=False)):
+            handles.append(module.register_forward_pre_hook(widen))
+            handles.append(module.register_forward_hook(put_back))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+        for module in replaced:
+            del module.forward
+        # An error inside a forward leaves weights widened.
+        for (module, name), weight in kept.items():
+            module._parameters[name].data = weight
+
+
+def dequantised(module: Any) -> Callable[[Any], Any]:
+    """The forward of a 4-bit layer in float32: its stored weight, multiplied without rounding."""
+
+    def forward(inputs: Any) -> Any:
+        import torch
+        from bitsandbytes.functional import dequantize_4bit
+
+        weight = dequantize_4bit(module.weight.data, module.weight.quant_state).float()
+        bias = None if module.bias is None else module.bias.float()
+        return torch.nn.functional.linear(inputs.float(), weight, bias)
+
+    return forward
+
+
+# --- answers ---------------------------------------------------------------------------------
+
+
+def generate_answers(
+    scorer: Scorer,
+    tokenizer: Any,
+    encoded: list[list[int]],
+    wanted: list[int],
+    most: int,
+    stops: list[int],
+    journal: Journal | None,
+    world: World,
+) -> dict[int, tuple[str, bool]]:
+    """The model's own answers to some posts, greedily: (text, whether it came to its end)."""
+    from transformers import GenerationConfig
+
+    # A model's own settings may sample or punish repetition; what is asked for is the likeliest.
+    bare_model(scorer.model).generation_config = GenerationConfig()
+    batches = list(token_batches([len(ids) + most for ids in encoded], 4 * scorer.budget))
+    kept = set(wanted)
+    rows = [row for batch in batches if (row := [index for index in batch if index in kept])]
+
+    def compute(row: list[int]) -> list[list[Any]]:
+        made = scorer.within_memory(
+            [encoded[index] for index in row], lambda part: scorer.generate(part, stops, most)
+        )
+        return [[tokenizer.decode(ids, skip_special_tokens=True), ended] for ids, ended in made]
+
+    sizes = [sum(len(encoded[index]) + most for index in row) for row in rows]
+    found = run_rows(rows, sizes, compute, "answers", journal, world)
+    return {index: (text, ended) for index, (text, ended) in found.items()}
+
+
+def stop_tokens(tokenizer: Any, task: Task) -> list[int]:
+    """What ends an answer: the tokenizer's end token and the template's end of a turn."""
+    roles = [message["role"] for message in prompt_messages(task.prompt, "")]
+    scaffold = build_scaffold(tokenizer, roles, task.date, task.effort)
+    closing = tokenizer(scaffold.pieces[-1], add_special_tokens=False)["input_ids"]
+    stops = {tokenizer.eos_token_id, *closing[:1]} - {None}
+    if not stops:
+        fail("the tokenizer names no end token, so no answer could end. Leave --mode score.")
+    return sorted(stops)
+
+
+def read_answer(template: str, text: str, ended: bool, labels: list[str]) -> tuple[str, str | None]:
+    """Status and label of an answer: `ok`, `unparsed`, or `truncated` where it did not end.
+
+    A truncated answer has a label where its beginning already says it whole.
+    """
+    if ended:
+        label = parse_answer(template, text.strip(), labels)
+        return ("ok" if label else "unparsed"), label
+    if is_json(template):
+        return "truncated", None
+    head, _, tail = template.partition("{label}")
+    names = "|".join(map(re.escape, sorted(labels, key=len, reverse=True)))
+    follows = re.escape(tail.partition("{rationale}")[0])
+    match = re.match(f"{re.escape(head)}({names}){follows}", text.strip()) if tail else None
+    return "truncated", match[1] if match else None
+
+
+def answer_posts(
+    args: argparse.Namespace,
+    task: Task,
+    scorer: Scorer,
+    tokenizer: Any,
+    posts: list[dict[str, Any]],
+    encoded: list[list[int]],
+    journals: list[Journal],
+    world: World,
+) -> dict[str, Any]:
+    """Let the model write its answers: to all posts, or to the first errors and near ties.
+
+    Each answered post gets `answer`, its raw text, and `status`; with --mode generate the answer's
+    label becomes its prediction and the label scores' one its `scored_prediction`.
+    """
+    wanted = list(range(len(posts)))
+    if args.mode == "score":
+        doubtful = (
+            index
+            for index, post in enumerate(posts)
+            if post["near_tie"] or post["prediction"] != post["label"]
+        )
+        wanted = list(itertools.islice(doubtful, args.rationales))
+    # The path of the scores may be one that generates nothing, and its successor is not proven.
+    scorer.check(encoded, "padded_with_prefix" if scorer.path == "packed" else scorer.path)
+    stops, journal = stop_tokens(tokenizer, task), journals[-1] if journals else None
+    written = generate_answers(
+        scorer, tokenizer, encoded, wanted, args.max_new_tokens, stops, journal, world
+    )
+    counts: Counter[str] = Counter()
+    agreed = parsed = 0
+    for index, (text, ended) in written.items():
+        post = posts[index]
+        status, label = read_answer(task.prompt["answer"], text, ended, task.labels)
+        post |= {"answer": text, "status": status, "answer_label": label}
+        counts[status] += 1
+        parsed += label is not None
+        agreed += label == post["prediction"]
+        if args.mode == "generate":
+            post |= {"scored_prediction": post["prediction"], "prediction": label}
+    listed = ", ".join(f"{counts[status]} {status}" for status in STATUSES)
+    print(
+        f"{len(written)} written answers: {listed}; {agreed} of {parsed} labels agree with label "
+        "scoring",
+        flush=True,
+    )
+    return {"written": len(written), **counts, "labelled": parsed, "agree_with_scores": agreed}
+
+
 # --- figures ---------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Answers:
-    """One strategy's answers to all posts; without `predicted`, the reason why there are none."""
+    """One strategy's answers to all posts; without `predicted`, the reason why there are none.
+
+    `scores` are p of the positive label; None where the strategy gives labels only.
+    """
 
     strategy: str
     kind: str
     predicted: list[str] | None
-    scores: list[float]
+    scores: list[float] | None
     reason: str | None = None
 
 
@@ -585,12 +2059,12 @@ def number(value: float | None, n: int, reason: str) -> dict[str, Any]:
 
 
 def build_figures(
-    truth: list[str], predicted: list[str], scores: list[float], task: Task
+    truth: list[str], predicted: list[str], scores: list[float] | None, task: Task
 ) -> dict[str, Any]:
     """Counts and figures of some posts, the positive label against the rest.
 
-    `scores` are p of the positive label. F1 is 2 TP / (2 TP + FP + FN); macro F1 is the mean over
-    labels and undefined where a label has no post.
+    `scores` are p of the positive label, or None. F1 is 2 TP / (2 TP + FP + FN); macro F1 is the
+    mean over labels and undefined where a label has no post.
     """
     from sklearn.metrics import f1_score, roc_auc_score
 
@@ -606,9 +2080,12 @@ def build_figures(
     macro = None
     if not absent:
         macro = f1_score(truth, predicted, labels=task.labels, average="macro", zero_division=0)
-    both = tp + fn and tn + fp
+    both = tp + fn and tn + fp and scores is not None
     auc = roc_auc_score([label == task.positive for label in truth], scores) if both else None
     no_positive, no_negative = f"no {task.positive} posts", f"no {task.negative} posts"
+    no_auc = no_negative if tp + fn else no_positive
+    if scores is None:
+        no_auc = "written answers have no probability"
     return {
         "n": len(truth),
         "labels": labels,
@@ -622,7 +2099,7 @@ def build_figures(
             f1, len(truth), f"no {task.positive} posts and none predicted"
         ),
         "f1_macro": number(macro, len(truth), f"no {', '.join(absent)} posts"),
-        "roc_auc": number(auc, len(truth), no_negative if tp + fn else no_positive),
+        "roc_auc": number(auc, len(truth), no_auc),
     }
 
 
@@ -692,32 +2169,73 @@ def words_model() -> Any:
 
 
 def build_metrics(
+    args: argparse.Namespace,
     task: Task,
     posts: list[dict[str, Any]],
     training: list[dict[str, Any]],
     no_training: str,
-    threshold: float,
 ) -> dict[str, Any]:
-    """Figures of the model and, after it, of the baselines: over all posts and per target group."""
-    model = Answers(
-        task.name,
-        "model",
-        [post["prediction"] for post in posts],
-        [post["probabilities"][task.positive] for post in posts],
-    )
+    """Figures of the model and, after it, of what it is compared with: over all and per group.
+
+    After a written answer without label the post counts as decided wrongly.
+    """
+
+    def answers(name: str, kind: str, prediction: str, probabilities: str | None) -> Answers:
+        return Answers(
+            name,
+            kind,
+            [post[prediction] or wrong_label(post["label"], task) for post in posts],
+            probabilities and [post[probabilities][task.positive] for post in posts],
+        )
+
+    if args.mode == "generate":
+        strategies = [
+            answers(f"{task.name}_generate", "model", "prediction", None),
+            answers(task.name, "compared", "scored_prediction", "probabilities"),
+        ]
+    else:
+        strategies = [answers(task.name, "model", "prediction", "probabilities")]
+    if args.with_base:
+        strategies.append(
+            answers("base_model", "compared", "base_prediction", "base_probabilities")
+        )
+    strategies += answer_baselines(task, posts, training, no_training)
     truth = [post["label"] for post in posts]
     members = group_members(posts, task.groups)
-    baselines = answer_baselines(task, posts, training, no_training)
     return {
         "schema": SCHEMA,
         "labels": task.labels,
         "positive_label": task.positive,
         "negative": task.negative,
-        "threshold": threshold if len(task.labels) == 2 else None,
+        "threshold": args.threshold if len(task.labels) == 2 else None,
         "n": len(posts),
         "cut_posts": sum(post["cut"] for post in posts),
-        "strategies": [build_strategy(one, truth, members, task) for one in (model, *baselines)],
+        "near_ties": sum(post["near_tie"] for post in posts),
+        "answers": count_answers(posts, members) if args.mode == "generate" else None,
+        "strategies": [build_strategy(one, truth, members, task) for one in strategies],
     }
+
+
+def wrong_label(label: str, task: Task) -> str:
+    """A label that a post of this label does not have: the positive one where that is wrong."""
+    return task.negative_label if label == task.positive else task.positive
+
+
+def count_answers(
+    posts: list[dict[str, Any]], members: dict[str, list[int]]
+) -> dict[str, dict[str, int]]:
+    """How many written answers have which status: over all posts and per target group.
+
+    `labelled` are those whose label could be read, truncated ones included.
+    """
+
+    def count(some: list[dict[str, Any]]) -> dict[str, int]:
+        statuses = Counter(post["status"] for post in some)
+        labelled = sum(post["prediction"] is not None for post in some)
+        return {status: statuses[status] for status in STATUSES} | {"labelled": labelled}
+
+    groups = {name: count([posts[index] for index in some]) for name, some in members.items()}
+    return {"overall": count(posts), **groups}
 
 
 def build_strategy(
@@ -731,7 +2249,7 @@ def build_strategy(
         return build_figures(
             [truth[index] for index in indices],
             [answers.predicted[index] for index in indices],
-            [answers.scores[index] for index in indices],
+            answers.scores and [answers.scores[index] for index in indices],
             task,
         )
 
@@ -777,23 +2295,48 @@ def write_csv(file: Path, header: list[str], rows: list[list[Any]]) -> None:
 
 
 def write_predictions(file: Path, task: Task, posts: list[dict[str, Any]], with_text: bool) -> None:
-    """One row a post: its labels, its probabilities, its groups, whether it was cut."""
+    """One row a post: its labels, its probabilities, its groups, what was special about it."""
     others = [label for label in task.labels if label != task.positive]
     shown = [task.positive, *(others if len(others) > 1 else [])]
-    header = ["id", "label", "prediction", *(f"p_{label}" for label in shown), "target_groups"]
-    rows = [
-        [
-            post["id"],
-            post["label"],
-            post["prediction"],
-            *(post["probabilities"][label] for label in shown),
-            "|".join(post["target_groups"]),
-            str(post["cut"]).lower(),
-            *([post["text"]] if with_text else []),
-        ]
+    columns: dict[str, Callable[[dict[str, Any]], Any]] = {
+        "id": lambda post: post["id"],
+        "label": lambda post: post["label"],
+        "prediction": lambda post: post["prediction"],
+    }
+    for label in shown:
+        columns[f"p_{label}"] = lambda post, label=label: post["probabilities"][label]
+    columns |= {
+        "target_groups": lambda post: "|".join(post["target_groups"]),
+        "cut": lambda post: str(post["cut"]).lower(),
+        "near_tie": lambda post: str(post["near_tie"]).lower(),
+    }
+    if "base_prediction" in posts[0]:
+        columns["base_prediction"] = lambda post: post["base_prediction"]
+        columns[f"base_p_{task.positive}"] = lambda post: post["base_probabilities"][task.positive]
+    if "scored_prediction" in posts[0]:
+        columns["scored_prediction"] = lambda post: post["scored_prediction"]
+    if any("status" in post for post in posts):
+        columns["answer_status"] = lambda post: post.get("status")
+    if with_text:
+        columns["text"] = lambda post: post["text"]
+    rows = [[read(post) for read in columns.values()] for post in posts]
+    write_csv(file, list(columns), rows)
+
+
+def write_answers(file: Path, posts: list[dict[str, Any]]) -> None:
+    """A line per written answer: id, status, the label that was read, the raw text."""
+    lines = [
+        {
+            "id": post["id"],
+            "status": post["status"],
+            "label": post["answer_label"],
+            "answer": post["answer"],
+        }
         for post in posts
+        if "status" in post
     ]
-    write_csv(file, [*header, "cut", *(["text"] if with_text else [])], rows)
+    text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+    file.write_text(text, encoding="utf-8")
 
 
 def write_metric_tables(folder: Path, metrics: dict[str, Any]) -> None:
@@ -853,6 +2396,7 @@ def build_record(
         "threshold": metrics["threshold"],
         "posts": metrics["n"],
         "cut_posts": metrics["cut_posts"],
+        "near_ties": metrics["near_ties"],
         "headline": {name: figures[name]["value"] for name in figure_names(task.positive)},
     }
 
@@ -869,6 +2413,8 @@ def write_files(
     from jinja2 import Environment
 
     write_predictions(folder / "predictions.csv", task, posts, args.log_text)
+    if ANSWERS in output_files(args):
+        write_answers(folder / ANSWERS, posts)
     write_metric_tables(folder, metrics)
     write_json(folder / "metrics.json", metrics)
     page = build_page(metrics, record)
@@ -882,16 +2428,105 @@ def name_output(args: argparse.Namespace, adapter: Repo | None) -> tuple[str, Pa
     """The evaluation's name and its folder here."""
     name = args.eval_name or args.split
     if not args.eval_name:
-        if args.test_file:
-            name = Path(args.test_file).stem
+        if file := args.test_file or args.input or (args.text is not None and "text"):
+            name = "stdin" if file == "-" else Path(file).stem
         name = re.sub(r"[^\w.-]+", "-", name, flags=re.ASCII).strip(".-") or "posts"
         name += "-base" if args.base_only else ""
+        name += "-generate" if args.mode == "generate" else ""
     if args.output_dir:
         return name, Path(args.output_dir).expanduser().resolve()
     if adapter and adapter.folder:
         return name, adapter.folder / "eval" / name
     subject = adapter.name if adapter else args.model_name_or_path
     return name, Path("hsd-eval", Path(subject.partition("@")[0]).name, name).resolve()
+
+
+def fingerprint(repo: Repo) -> Any:
+    """What tells a repo's content: its commit, or of a folder every file's size and time."""
+    if repo.folder is None:
+        return [repo.name, repo.revision]
+    files = sorted(path for path in repo.folder.rglob("*") if path.is_file())
+    parts = [(path.relative_to(repo.folder), path.stat()) for path in files]
+    return [
+        [name.as_posix(), found.st_size, found.st_mtime_ns]
+        for name, found in parts
+        if name.parts[0] not in ("eval", ".cache", ".git")
+    ]
+
+
+def evaluation_key(
+    args: argparse.Namespace,
+    contract: dict[str, Any],
+    adapter: Repo | None,
+    base: Repo,
+    dataset: Repo | None,
+) -> str:
+    """A hash of everything that decides an evaluation's scores and report.
+
+    An adapter is known by its files, because each report is one more commit of its repo.
+    """
+    loose = ("output_dir", "push", "allow_public", "fresh", "config_file", "save_minutes")
+    fixed = {name: value for name, value in vars(args).items() if name not in loose}
+    # By its content below, so that @revision, a branch or a moved folder make no difference.
+    for name in ("adapter", "model_name_or_path", "model_revision", "dataset_repo"):
+        fixed.pop(name)
+    parts: list[Any] = [without_paths(fixed), contract, fingerprint(base)]
+    parts += [dataset and fingerprint(dataset), Path(__file__).read_text(encoding="utf-8")]
+    names = ["adapter_config.json", "adapter_model.safetensors"] if adapter else []
+    files = [adapter.fetch(*names) / name for name in names]
+    files += [Path(file).expanduser() for file in (args.test_file, args.input) if file]
+    hashes = [hashlib.sha256(file.read_bytes()).hexdigest() for file in files if file.is_file()]
+    return hashlib.sha256(json.dumps([*parts, hashes]).encode()).hexdigest()
+
+
+def is_finished(
+    args: argparse.Namespace,
+    key: str,
+    adapter: Repo | None,
+    name: str,
+    target: Path,
+    pushes: bool,
+) -> bool:
+    """Answer from the files of the same evaluation, here or on the Hub, where it is finished."""
+    if is_ad_hoc(args):
+        return False
+    names = output_files(args)
+    here = is_whole(target, names, key)
+    there = None
+    if adapter and adapter.folder is None:
+        pushed = [file for file in names if file != ANSWERS or args.log_text]
+        there = adapter.fetch(*(f"eval/{name}/{file}" for file in pushed)) / "eval" / name
+        if not is_whole(there, pushed, key):
+            there = None
+        elif not here and pushed == names:
+            with draft_folder(target) as draft:
+                for file in names:
+                    (draft / file).write_bytes((there / file).read_bytes())
+                publish_draft(draft, target, names)
+            here = True
+    if not here:
+        return False
+    print(f"finished already, from {'the Hub' if there else target}; --fresh scores again")
+    print_summary(json.loads((target / "metrics.json").read_text(encoding="utf-8")))
+    print(f"report: {target / 'report.html'}", flush=True)
+    if pushes and there is None:
+        push_files(args, adapter, name, target)
+    return True
+
+
+def is_whole(folder: Path, names: tuple[str, ...] | list[str], key: str) -> bool:
+    """Say whether a folder holds all files of the evaluation of this key."""
+    try:
+        record = json.loads((folder / CONTRACT).read_text(encoding="utf-8"))
+        return record["key"] == key and all((folder / file).is_file() for file in names)
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def output_files(args: argparse.Namespace) -> tuple[str, ...]:
+    """The files that an evaluation with these arguments writes, the contract last."""
+    asks = args.mode == "generate" or args.rationales
+    return (*FILES[:-1], *([ANSWERS] if asks else []), CONTRACT)
 
 
 @contextlib.contextmanager
@@ -906,22 +2541,29 @@ def draft_folder(target: Path) -> Iterator[Path]:
         yield Path(folder)
 
 
-def publish_draft(draft: Path, target: Path) -> None:
+def publish_draft(draft: Path, target: Path, names: tuple[str, ...]) -> None:
     """Move the files into the target; one with a contract.json holds a whole report."""
     (target / CONTRACT).unlink(missing_ok=True)
-    for name in FILES:
+    for name in names:
         (draft / name).replace(target / name)
 
 
-def push_files(adapter: Repo, name: str, folder: Path) -> None:
-    """Commit the evaluation's files to eval/NAME/ of the adapter repo, all at once."""
-    from huggingface_hub import CommitOperationAdd
+def push_files(args: argparse.Namespace, adapter: Repo, name: str, folder: Path) -> None:
+    """Commit the evaluation's files to eval/NAME/ of the adapter repo, all at once.
 
-    operations = [
+    The same commit removes what was kept there of the unfinished evaluation.
+    """
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
+
+    operations: list[Any] = [
         CommitOperationAdd(path_in_repo=f"eval/{name}/{file}", path_or_fileobj=folder / file)
-        for file in FILES
+        for file in output_files(args)
+        if file != ANSWERS or args.log_text
     ]
+    partial = [f"eval/{name}/{file}" for file in (PARTIAL, PARTIAL_ANSWERS)]
     with hub_errors(f"push the report in {folder} to {adapter.name}"):
+        there = HfApi().get_paths_info(adapter.name, partial)
+        operations += [CommitOperationDelete(path_in_repo=item.path) for item in there]
         made = commit(adapter.name, "model", operations, f"Evaluate: {name}")
     print(f"pushed: {adapter.name}@{made} eval/{name}/", flush=True)
 
@@ -2082,6 +3724,32 @@ def common_prefix(rows: list[list[int]]) -> list[int]:
     return shared
 
 
+def is_json(text: str) -> bool:
+    try:
+        json.loads(text)
+    except ValueError:
+        return False
+    return True
+
+
+def parse_answer(template: str, answer: str, labels: list[str]) -> str | None:
+    """The label of an answer in the form of its template, else None."""
+    if is_json(template):
+        try:
+            parsed = json.loads(answer)
+        except ValueError:
+            return None
+        keys = [key for key, value in json.loads(template).items() if value == "{label}"]
+        label = parsed.get(keys[0]) if isinstance(parsed, dict) and keys else None
+        return label if label in labels else None
+    pattern = re.escape(template)
+    names = "|".join(map(re.escape, sorted(labels, key=len, reverse=True)))
+    pattern = pattern.replace(re.escape("{label}"), f"({names})")
+    pattern = pattern.replace(re.escape("{rationale}"), ".*")
+    match = re.fullmatch(pattern, answer, re.DOTALL)
+    return match[1] if match else None
+
+
 def probe_ids(
     tokenizer: Any, scaffold: Scaffold | None, prompt: dict[str, str] | None
 ) -> list[int]:
@@ -2235,69 +3903,6 @@ def token_batches(lengths: list[int], budget: int) -> Iterator[list[int]]:
         batch.append(index)
     if batch:
         yield batch
-
-
-def score_completions(
-    model: Any, prompts: list[list[int]], completions: list[list[int]], pad: int, budget: int
-) -> list[list[float]]:
-    """Log-likelihood (nats) of each label's completion after each prompt, shape posts x labels.
-
-    What all completions begin with is part of the prompt: it is the same for every label and
-    cancels in the softmax over labels. Where they then differ in one token each, a post costs one
-    row, else one row per label. Rows are padded on the left, so the logits that count stand last.
-    """
-    import torch
-
-    shared = common_prefix(completions)
-    tails = [completion[len(shared) :] for completion in completions]
-    branches = [[]] if all(len(tail) == 1 for tail in tails) else [tail[:-1] for tail in tails]
-    rows = [prompt + shared + branch for prompt in prompts for branch in branches]
-    keep = max(len(branch) for branch in branches) + 1
-    scores = [[0.0] * len(tails) for _ in prompts]
-    for batch in token_batches([len(row) for row in rows], budget):
-        width = len(rows[batch[0]])
-        ids = torch.full((len(batch), width), pad)
-        mask = torch.zeros((len(batch), width), dtype=torch.long)
-        for line, index in enumerate(batch):
-            ids[line, width - len(rows[index]) :] = torch.tensor(rows[index])
-            mask[line, width - len(rows[index]) :] = 1
-        with torch.inference_mode():
-            logits = model(
-                input_ids=ids.to(model.device),
-                attention_mask=mask.to(model.device),
-                position_ids=(mask.cumsum(-1) - 1).clamp(min=0).to(model.device),
-                use_cache=False,
-                logits_to_keep=keep,
-            ).logits
-        likelihood = torch.log_softmax(logits[:, -keep:].float(), dim=-1).cpu()
-        for line, index in enumerate(batch):
-            post, branch = divmod(index, len(branches))
-            for label in range(len(tails)) if len(branches) == 1 else [branch]:
-                tail = tails[label]
-                last = likelihood[line, -len(tail) :]
-                scores[post][label] = sum(last[n, token].item() for n, token in enumerate(tail))
-    return scores
-
-
-def score_classes(model: Any, encoded: list[list[int]], pad: int, budget: int) -> list[list[float]]:
-    """Logits of a sequence classifier, shape posts x labels, in the order of `encoded`."""
-    import torch
-
-    scores: list[list[float]] = [[] for _ in encoded]
-    for batch in token_batches([len(row) for row in encoded], budget):
-        width = len(encoded[batch[0]])
-        ids = torch.full((len(batch), width), pad)
-        mask = torch.zeros((len(batch), width), dtype=torch.long)
-        for line, index in enumerate(batch):
-            ids[line, : len(encoded[index])] = torch.tensor(encoded[index])
-            mask[line, : len(encoded[index])] = 1
-        with torch.inference_mode():
-            logits = model(
-                input_ids=ids.to(model.device), attention_mask=mask.to(model.device)
-            ).logits
-        for line, index in enumerate(batch):
-            scores[index] = logits[line].float().tolist()
-    return scores
 
 
 def open_adapter(argument: str) -> tuple[Repo, dict[str, Any]]:
