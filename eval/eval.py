@@ -235,10 +235,13 @@ def main(argv: list[str] | None = None) -> None:
     base = pick_base(args, contract)
     name, target = name_output(args, adapter)
     key = evaluation_key(args, contract, adapter, base, dataset)
-    if not args.fresh and is_finished(args, key, adapter, name, target, pushes):
+    again = args.fresh or is_ad_hoc(args)
+    if not again and answer_from_files(args, key, adapter, name, target, pushes):
         return
     task = build_task(args, contract, dataset)
-    posts = read_input(args) if is_ad_hoc(args) else read_posts(args, contract, task, dataset)
+    posts = (
+        read_ad_hoc_posts(args) if is_ad_hoc(args) else read_posts(args, contract, task, dataset)
+    )
     config = read_base_config(base)
     device = check_device(count_parameters(config), args.allow_cpu, job_command(args, adapter))
     tokenizer = load_tokenizer(adapter or base)
@@ -469,7 +472,7 @@ def read_posts(
     return posts
 
 
-def read_input(args: argparse.Namespace) -> list[dict[str, Any]]:
+def read_ad_hoc_posts(args: argparse.Namespace) -> list[dict[str, Any]]:
     """The posts of --text or --input: `id`, `text` and no label. Their ids default to numbers."""
     if args.text is not None:
         texts = [sys.stdin.read().removesuffix("\n") if args.text == "-" else args.text]
@@ -477,7 +480,7 @@ def read_input(args: argparse.Namespace) -> list[dict[str, Any]]:
     elif args.input == "-":
         rows = [{"text": line} for line in sys.stdin.read().removesuffix("\n").split("\n")]
     else:
-        rows = read_input_file(Path(args.input).expanduser(), args.text_column)
+        rows = read_unlabelled(Path(args.input).expanduser(), args.text_column)
     posts = []
     for number, row in enumerate(rows, start=1):
         posts.append({"id": row.get("id") or str(number), "text": row["text"], "label": None})
@@ -488,7 +491,7 @@ def read_input(args: argparse.Namespace) -> list[dict[str, Any]]:
     return posts
 
 
-def read_input_file(file: Path, column: str) -> list[dict[str, Any]]:
+def read_unlabelled(file: Path, column: str) -> list[dict[str, Any]]:
     """Rows of `text` and perhaps `id`: lines of a .txt, rows of a .csv, objects of a .jsonl."""
     if not file.is_file():
         fail(f"--input {file} is not a file. Give a .txt, .csv or .jsonl, or - for stdin.")
@@ -964,26 +967,27 @@ def settle_near_ties(
     """Replace scores that rounding could have decided by those of a float32 pass; say how many.
 
     The posts nearest to another decision are scored again, which measures the error of the first
-    pass. Posts within the larger of the largest error seen and four times its root mean square
-    follow, until no post is left within it.
+    pass; of a mixture of experts, where rounding can choose another expert and a few errors are
+    large, also every eighth of the others. Posts within the larger of the largest error seen (of
+    experts: twice that) and four times its root mean square follow, until none is left within it.
     """
     exact: dict[int, list[float]] = {}
     errors: list[float] = []
     margins = [margin(row) for row in scores]
     reach = 0.0
-    need = sorted(range(len(scores)), key=lambda index: (margins[index], posts[index]))[:16]
+    nearest = sorted(range(len(scores)), key=lambda index: (margins[index], posts[index]))
+    experts = has_experts(scorer.model)
+    need = nearest[:16] + (nearest[16::8] if experts else [])
     with scorer.in_float32():
         while need:
             found = score_stage(scorer, posts, need, f"{stage}, float32", journal, world)
             errors += [largest_difference([found[index]], [scores[index]]) for index in need]
             exact |= found
             spread = math.sqrt(sum(error * error for error in errors) / len(errors))
-            reach = max(*errors, 4 * spread)
+            reach = max((1 + experts) * max(errors), 4 * spread)
             near = (index for index, distance in enumerate(margins) if distance < reach)
             need = [index for index in near if index not in exact]
-    flipped = 0
     for index, row in exact.items():
-        flipped += max(row) != row[scores[index].index(max(scores[index]))]
         scores[index] = row
     return {"rescored": len(exact), "largest_error": max(errors), "reach": reach}
 
@@ -1117,7 +1121,8 @@ def decide_posts(
     for stage, prefix in (("scores", ""), ("scores of the base", "base_"))[: 1 + args.with_base]:
         without = scorer.model.disable_adapter() if prefix else contextlib.nullcontext()
         with without:
-            scorer.use(scorer.path)
+            if prefix:
+                scorer.use(scorer.path)
             scores, near, record = score_posts(
                 scorer, encoded, margin, rounded, stage, journals[0] if journals else None, world
             )
@@ -1258,8 +1263,11 @@ class PackedRow:
             last = first + max(1, most_bytes // one)
             sizes = self.sizes[first:last]
             allowed = self.allowed[first:last] if len(self.allowed) > 1 else self.allowed
-            bias = torch.zeros_like(allowed[:, :longest, :longest], dtype=dtype)
-            bias.masked_fill_(~allowed[:, :longest, :longest], torch.finfo(dtype).min)
+            # Softmax is a quarter faster on whole vectors: spare columns, which nobody sees.
+            spare = -(self.prefix + longest) % 32
+            seen = torch.nn.functional.pad(allowed[:, :longest, :longest], (0, spare))
+            bias = torch.zeros_like(seen, dtype=dtype)
+            bias.masked_fill_(~seen, torch.finfo(dtype).min)
             slots = inside = None
             if sizes[-1] < longest:
                 slots = self.slots[first:last, :longest]
@@ -1267,7 +1275,8 @@ class PackedRow:
                 inside = torch.arange(longest, device=slots.device) < lengths[:, None]
                 inside = inside.flatten().nonzero()[:, 0]
             tokens = slice(start, start + sum(sizes))
-            tiles.append(Tile(slice(first, last), tokens, len(sizes), longest, slots, inside, bias))
+            posts = slice(first, first + len(sizes))
+            tiles.append(Tile(posts, tokens, len(sizes), longest, spare, slots, inside, bias))
             first, start = first + len(sizes), tokens.stop
         self.tiles_made[key] = tiles
         return tiles
@@ -1281,6 +1290,7 @@ class Tile:
     tokens: slice
     count: int
     longest: int
+    spare: int
     slots: Any
     inside: Any
     bias: Any
@@ -1290,9 +1300,8 @@ class PackedAttention:
     """Attention of a packed row: every token sees the shared prefix and its own post.
 
     transformers calls it under the name "packed". Scores exist only between a token and the
-    prefix, in one product for a whole tile, and within each post: nothing is computed for two
-    posts together, and the prefix is never copied. Query heads that share a key head are rows of
-    the same product.
+    prefix and within each post: nothing is computed for two posts together. Query heads that share
+    a key head are rows of the same product.
     """
 
     def __init__(self) -> None:
@@ -1374,46 +1383,37 @@ class PackedAttention:
         groups, prefix = key.shape[1], self.row.prefix
         share = heads // groups
         query = (query[0] * scaling).view(groups, share, tokens, size).transpose(1, 2)
-        before, shown = key[0, :, :prefix].transpose(1, 2), value[0, :, :prefix]
-        key, value = key[0, :, prefix:], value[0, :, prefix:]
-        most = GPU_TILE if query.is_cuda else CPU_TILE
         parts = []
-        for tile in row.tiles(heads, value.dtype, most):
-            n, length = tile.count, tile.longest
-            place = tile.tokens if tile.slots is None else tile.slots
-            lines = query[:, place].reshape(groups, n * length * share, size)
-            keys = key[:, place].reshape(groups * n, length, size)
-            values = value[:, place].reshape(groups * n, length, -1)
-            scores = torch.bmm(
-                lines.reshape(groups * n, length * share, size), keys.transpose(1, 2)
-            )
-            scores = scores.view(groups, n, length, share, length)
+        for tile in row.tiles(heads, query.dtype, GPU_TILE if query.is_cuda else CPU_TILE):
+            n, length, spare = tile.count, tile.longest, tile.spare
+
+            def columns(states: Any, tile: Tile = tile) -> Any:
+                """Prefix, own tokens and spare columns of each post: groups * n x columns x size"""
+                own = states[0, :, prefix:]
+                own = own[:, tile.tokens if tile.slots is None else tile.slots]
+                own = own.reshape(groups, tile.count, tile.longest, -1)
+                shared = states[0, :, None, :prefix].expand(-1, tile.count, -1, -1)
+                empty = own.new_zeros(1, 1, 1, 1).expand(*own.shape[:2], tile.spare, own.shape[3])
+                return torch.cat([shared, own, empty], 2).flatten(0, 1)
+
+            lines = query[:, tile.tokens if tile.slots is None else tile.slots]
+            lines = lines.reshape(groups * n, length * share, size)
+            scores = torch.bmm(lines, columns(key).transpose(1, 2))
             if softcap is not None:
                 scores = softcap * torch.tanh(scores / softcap)
-            bias = tile.bias
+            shaped = scores.view(groups, n, length, share, -1)
+            shaped[..., prefix:] += tile.bias[:, :, None].to(scores.dtype)
             if mask is not None:
-                mine = mask[tile.posts, :length]
-                bias = mine[..., prefix : prefix + length]
-            scores = scores + bias[:, :, None].to(scores.dtype)
-            scores = scores.view(groups, n * length * share, length)
-            if prefix:
-                left = torch.bmm(lines, before)
-                if softcap is not None:
-                    left = softcap * torch.tanh(left / softcap)
-                if mask is not None:
-                    hidden = mine[:, :, None, :prefix].to(left.dtype)
-                    left = left.view(groups, n, length, share, prefix) + hidden
-                    left = left.view(groups, n * length * share, prefix)
-                scores = torch.cat([left, scores], -1)
+                seen = mask[tile.posts, :length, None, : prefix + length].to(scores.dtype)
+                shaped[..., : prefix + length] += seen
             if sinks is not None:
-                sink = sinks.to(scores.dtype).view(groups, 1, share, 1)
-                sink = sink.expand(groups, n * length, share, 1).reshape(groups, -1, 1)
+                sink = sinks.to(scores.dtype).view(groups, 1, 1, share, 1)
+                sink = sink.expand(groups, n, length, share, 1).reshape(groups * n, -1, 1)
                 scores = torch.cat([scores, sink], -1)
             weights = torch.softmax(scores, -1)
-            own = weights[..., prefix : prefix + length].reshape(groups * n, -1, length)
-            mixed = torch.bmm(own, values).view(groups, n * length * share, -1)
-            if prefix:
-                mixed = mixed + torch.bmm(weights[..., :prefix], shown)
+            if sinks is not None:
+                weights = weights[..., :-1]
+            mixed = torch.bmm(weights.to(value.dtype), columns(value))
             mixed = mixed.view(groups, n * length, share, -1).transpose(0, 1)
             mixed = mixed.reshape(n * length, heads, -1)
             parts.append(mixed if tile.inside is None else mixed[tile.inside])
@@ -1494,7 +1494,7 @@ class Scorer:
         self.packed = PackedAttention()
         self.packed.register()
         self.shared: list[int] = []
-        self.prefix: Prefix | None = None
+        self.prefixes: dict[bool, Prefix] = {}
         self.exact = False
         self.record: dict[str, Any] = {}
 
@@ -1505,8 +1505,8 @@ class Scorer:
         self.use(self.path)
 
     def use(self, path: str) -> None:
-        """Take a path; what was computed for another one is dropped."""
-        self.path, self.prefix = path, None
+        """Take a path, with the weights as they are now: prefixes are read anew."""
+        self.path, self.prefixes = path, {}
         if self.completions:
             name = "packed" if path == "packed" else self.own_attention
             if attention_of(self.model) != name:
@@ -1518,19 +1518,20 @@ class Scorer:
 
         kind = self.model.device.type
         autocast = self.setup.autocast and not self.exact
-        # no_grad and not inference_mode: `full_precision` exchanges weights between calls.
-        with torch.no_grad(), torch.autocast(kind, torch.bfloat16, enabled=autocast):
+        # `full_precision` exchanges weights between calls, which inference mode does not allow.
+        mode = torch.no_grad() if self.exact else torch.inference_mode()
+        with mode, torch.autocast(kind, torch.bfloat16, enabled=autocast):
             return self.model(**inputs).logits
 
     @contextlib.contextmanager
     def in_float32(self) -> Iterator[None]:
         """Compute in float32, whatever the weights are stored in."""
-        self.exact, self.prefix = True, None
+        self.exact = True
         try:
             with full_precision(self.model):
                 yield
         finally:
-            self.exact, self.prefix = False, None
+            self.exact = False
 
     def size(self, posts: list[list[int]]) -> int:
         """Tokens that the posts take in one row or batch, without the shared prefix."""
@@ -1598,11 +1599,16 @@ class Scorer:
             return self.score_classes(posts)
         if self.path == "naive":
             return [self.score_naive(post) for post in posts]
-        if self.prefix is None:
-            self.prefix = self.read_prefix()
         trunk, shared = self.tree.trunk, self.prefix.length
         posts = [post[shared:] + trunk for post in posts]
         return self.score_packed(posts) if self.path == "packed" else self.score_padded(posts)
+
+    @property
+    def prefix(self) -> Prefix:
+        """What all prompts share, in the precision of the moment; read when it is first needed."""
+        if self.exact not in self.prefixes:
+            self.prefixes[self.exact] = self.read_prefix()
+        return self.prefixes[self.exact]
 
     def read_prefix(self) -> Prefix:
         """Run the model once over what all prompts share."""
@@ -1703,8 +1709,9 @@ class Scorer:
             ids = (*post, *completion[:-1])
             if ids not in seen:
                 row = torch.tensor([ids], device=self.model.device)
-                logits = self.forward(input_ids=row, use_cache=False)[0, len(post) - 1 :]
-                seen[ids] = torch.log_softmax(logits.float(), -1).cpu()
+                keep = len(completion)
+                logits = self.forward(input_ids=row, use_cache=False, logits_to_keep=keep)
+                seen[ids] = torch.log_softmax(logits[0, -keep:].float(), -1).cpu()
             steps = range(cut, len(completion))
             scores.append(sum(seen[ids][step, completion[step]].item() for step in steps))
         return scores
@@ -1729,8 +1736,6 @@ class Scorer:
         import torch
         from transformers import GenerationConfig
 
-        if self.prefix is None:
-            self.prefix = self.read_prefix()
         shared, width = self.prefix.length, max(map(len, posts))
         ids = torch.full((len(posts), width), self.pad)
         mask = torch.zeros((len(posts), width), dtype=torch.long)
@@ -1789,8 +1794,6 @@ class Scorer:
                 print(f"scoring path {path} is not exact here ({visible(reason, 300)})", flush=True)
         if not largest <= tolerance:
             fail("the model's scores are not numbers. Try --dtype float32.", code=1)
-        # A path is computed anew in the run's own precision.
-        self.use(path)
         self.record = {
             "path": path,
             "steps_down": steps_down,
@@ -1825,6 +1828,13 @@ def bare_model(model: Any) -> Any:
 def attention_of(model: Any) -> str:
     """The name of the attention that a model computes with."""
     return bare_model(model).config._attn_implementation
+
+
+def has_experts(model: Any) -> bool:
+    """Say whether a model is a mixture of experts."""
+    config = bare_model(model).config.get_text_config(decoder=True)
+    names = ("num_experts", "num_local_experts", "n_routed_experts")
+    return any((getattr(config, name, None) or 0) > 1 for name in names)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -2479,7 +2489,7 @@ def evaluation_key(
     return hashlib.sha256(json.dumps([*parts, hashes]).encode()).hexdigest()
 
 
-def is_finished(
+def answer_from_files(
     args: argparse.Namespace,
     key: str,
     adapter: Repo | None,
@@ -2488,28 +2498,23 @@ def is_finished(
     pushes: bool,
 ) -> bool:
     """Answer from the files of the same evaluation, here or on the Hub, where it is finished."""
-    if is_ad_hoc(args):
-        return False
     names = output_files(args)
-    here = is_whole(target, names, key)
-    there = None
+    pushed = tuple(file for file in names if file != ANSWERS or args.log_text)
+    here, there = is_whole(target, names, key), False
     if adapter and adapter.folder is None:
-        pushed = [file for file in names if file != ANSWERS or args.log_text]
-        there = adapter.fetch(*(f"eval/{name}/{file}" for file in pushed)) / "eval" / name
-        if not is_whole(there, pushed, key):
-            there = None
-        elif not here and pushed == names:
+        found = adapter.fetch(*(f"eval/{name}/{file}" for file in pushed)) / "eval" / name
+        there = is_whole(found, pushed, key)
+        if there and not here:
             with draft_folder(target) as draft:
-                for file in names:
-                    (draft / file).write_bytes((there / file).read_bytes())
-                publish_draft(draft, target, names)
-            here = True
-    if not here:
+                for file in pushed:
+                    (draft / file).write_bytes((found / file).read_bytes())
+                publish_draft(draft, target, pushed)
+    if not here and not there:
         return False
-    print(f"finished already, from {'the Hub' if there else target}; --fresh scores again")
+    print(f"finished already, from {target if here else 'the Hub'}; --fresh scores again")
     print_summary(json.loads((target / "metrics.json").read_text(encoding="utf-8")))
     print(f"report: {target / 'report.html'}", flush=True)
-    if pushes and there is None:
+    if pushes and not there:
         push_files(args, adapter, name, target)
     return True
 

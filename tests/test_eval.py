@@ -235,70 +235,6 @@ def refusal(evaluate: ModuleType, capsys: pytest.CaptureFixture, *argv: Any, cod
 # --- scores ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["llama", "gpt2"])
-@pytest.mark.parametrize(
-    "completions",
-    [
-        [[70], [90]],
-        [[70, 2], [90, 2]],
-        [[70, 71, 72, 2], [90, 2]],
-        [[80, 81, 70], [80, 81, 90, 91, 92], [80, 99]],
-    ],
-    ids=["one token", "same end", "mixed lengths", "shared beginning"],
-)
-def test_label_scores_equal_one_forward_per_label(
-    evaluate: ModuleType, bases: Path, kind: str, completions: list[list[int]]
-) -> None:
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(bases / kind).eval()
-    chance = random.Random(3)
-    prompts = [[chance.randrange(3, 250) for _ in range(chance.randrange(1, 40))] for _ in range(9)]
-    naive = []
-    for prompt in prompts:
-        row = []
-        for completion in completions:
-            with torch.inference_mode():
-                logits = model(torch.tensor([prompt + completion])).logits[0]
-            likelihood = torch.log_softmax(logits.float(), dim=-1)
-            row.append(
-                sum(
-                    likelihood[len(prompt) - 1 + place, token].item()
-                    for place, token in enumerate(completion)
-                )
-            )
-        naive.append(row)
-    common = len(evaluate.common_prefix(completions))
-    for budget in (1, 90, 8192):
-        scores = evaluate.score_completions(model, prompts, completions, 0, budget)
-        for found, expected in zip(scores, naive, strict=True):
-            if common:  # what all labels begin with is left out of every score
-                found = [value - found[0] for value in found]
-                expected = [value - expected[0] for value in expected]
-            assert found == pytest.approx(expected, abs=1e-5)
-
-
-@pytest.mark.parametrize("kind", ["llama", "bert"])
-def test_class_scores_equal_one_post_at_a_time(
-    evaluate: ModuleType, tmp_path: Path, kind: str
-) -> None:
-    import torch
-    from transformers import AutoModelForSequenceClassification
-
-    folder = tiny.save_model(tmp_path / kind, kind)
-    torch.manual_seed(5)
-    model = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=3).eval()
-    chance = random.Random(4)
-    posts = [[chance.randrange(3, 250) for _ in range(chance.randrange(1, 50))] for _ in range(11)]
-    with torch.inference_mode():
-        naive = [model(torch.tensor([post])).logits[0].tolist() for post in posts]
-    for budget in (1, 100, 8192):
-        scores = evaluate.score_classes(model, posts, model.config.pad_token_id, budget)
-        for found, expected in zip(scores, naive, strict=True):
-            assert found == pytest.approx(expected, abs=1e-5)
-
-
 @pytest.mark.parametrize("post", ["we must get rid of them " * 60, "\U0001f600\u4f60" * 200])
 def test_an_overlong_post_is_cut_and_its_template_is_not(
     evaluate: ModuleType, bases: Path, post: str
@@ -489,13 +425,15 @@ def test_three_labels_are_written_one_against_the_rest(
                 "prediction": prediction,
                 "probabilities": p,
                 "cut": False,
+                "near_tie": False,
                 "target_groups": [],
             }
         )
     evaluate.write_predictions(tmp_path / "predictions.csv", task, posts, False)
+    flags = evaluate.build_parser().parse_args([])
     header = ["id", "label", "prediction", "p_hate", "p_normal", "p_offensive", "target_groups"]
-    assert list(read_csv(tmp_path / "predictions.csv")[0]) == [*header, "cut"]
-    metrics = evaluate.build_metrics(task, posts, [], "none here", 0.5)
+    assert list(read_csv(tmp_path / "predictions.csv")[0]) == [*header, "cut", "near_tie"]
+    metrics = evaluate.build_metrics(flags, task, posts, [], "none here")
     figures = metrics["strategies"][0]["overall"]
     assert [figures[name] for name in evaluate.CONFUSION] == [1, 1, 1, 0]
     assert figures["accuracy"]["value"] == pytest.approx(1 / 3)
@@ -528,10 +466,12 @@ def test_a_baseline_that_cannot_be_fitted_says_why(
             "target_groups": ["lgbtq"],
             "probabilities": {"hate": 1.0, "normal": 0.0},
             "cut": False,
+            "near_tie": False,
         }
     ]
+    flags = evaluate.build_parser().parse_args([])
     no_training = "" if training else "no train split here"
-    metrics = evaluate.build_metrics(task, posts, training, no_training, 0.5)
+    metrics = evaluate.build_metrics(flags, task, posts, training, no_training)
     words = metrics["strategies"][-1]
     assert words["name"] == "tfidf_lr" and words["overall"] is None
     assert reason in words["reason"]
@@ -609,6 +549,7 @@ def test_a_run_writes_the_whole_report(
     name = "simple" if task == "causal" else "classify"
     posts = read_csv(folder / "predictions.csv")
     columns = ["id", "label", "prediction", "p_hate", "target_groups", "cut"]
+    columns += ["near_tie"]
     assert list(posts[0]) == columns
     assert [post["id"] for post in posts] == [row["id"] for row in rows[80:]]
     assert [post["label"] for post in posts] == [row["label"] for row in rows[80:]]

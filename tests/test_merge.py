@@ -6,6 +6,7 @@ pytest tests/test_merge.py
 from __future__ import annotations
 
 import json
+import random
 import shutil
 from pathlib import Path
 from types import ModuleType
@@ -191,3 +192,67 @@ def test_the_merge_of_another_adapter_is_not_replaced(
     other = shutil.copytree(work / "causal", tmp_path / "other")
     message = refusal(merge, capsys, "--adapter", str(other), *flags)
     assert "alice/merged-one holds causal merged" in message
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+@pytest.mark.parametrize(
+    "completions",
+    [
+        [[70], [90]],
+        [[70, 2], [90, 2]],
+        [[70, 71, 72, 2], [90, 2]],
+        [[80, 81, 70], [80, 81, 90, 91, 92], [80, 99]],
+    ],
+    ids=["one token", "same end", "mixed lengths", "shared beginning"],
+)
+def test_label_scores_equal_one_forward_per_label(
+    merge: ModuleType, tmp_path: Path, kind: str, completions: list[list[int]]
+) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(tiny.save_model(tmp_path / kind, kind)).eval()
+    chance = random.Random(3)
+    prompts = [[chance.randrange(3, 250) for _ in range(chance.randrange(1, 40))] for _ in range(9)]
+    naive = []
+    for prompt in prompts:
+        row = []
+        for completion in completions:
+            with torch.inference_mode():
+                logits = model(torch.tensor([prompt + completion])).logits[0]
+            likelihood = torch.log_softmax(logits.float(), dim=-1)
+            row.append(
+                sum(
+                    likelihood[len(prompt) - 1 + place, token].item()
+                    for place, token in enumerate(completion)
+                )
+            )
+        naive.append(row)
+    common = len(merge.common_prefix(completions))
+    for budget in (1, 90, 8192):
+        scores = merge.score_completions(model, prompts, completions, 0, budget)
+        for found, expected in zip(scores, naive, strict=True):
+            if common:  # what all labels begin with is left out of every score
+                found = [value - found[0] for value in found]
+                expected = [value - expected[0] for value in expected]
+            assert found == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["llama", "bert"])
+def test_class_scores_equal_one_post_at_a_time(
+    merge: ModuleType, tmp_path: Path, kind: str
+) -> None:
+    import torch
+    from transformers import AutoModelForSequenceClassification
+
+    folder = tiny.save_model(tmp_path / kind, kind)
+    torch.manual_seed(5)
+    model = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=3).eval()
+    chance = random.Random(4)
+    posts = [[chance.randrange(3, 250) for _ in range(chance.randrange(1, 50))] for _ in range(11)]
+    with torch.inference_mode():
+        naive = [model(torch.tensor([post])).logits[0].tolist() for post in posts]
+    for budget in (1, 100, 8192):
+        scores = merge.score_classes(model, posts, model.config.pad_token_id, budget)
+        for found, expected in zip(scores, naive, strict=True):
+            assert found == pytest.approx(expected, abs=1e-5)

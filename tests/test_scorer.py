@@ -51,24 +51,35 @@ ARCHITECTURES = {
     "deepseek_v3": (
         "DeepseekV3ForCausalLM",
         {
-            **{"q_lora_rank": 24, "kv_lora_rank": 16, "qk_rope_head_dim": 8},
-            **{"qk_nope_head_dim": 8, "v_head_dim": 12, "n_routed_experts": 4, "n_group": 1},
-            **{"topk_group": 1, "num_experts_per_tok": 2, "first_k_dense_replace": 1},
-            **{"moe_intermediate_size": 32, "num_key_value_heads": 4, "head_dim": 8},
+            "q_lora_rank": 24,
+            "kv_lora_rank": 16,
+            "qk_rope_head_dim": 8,
+            "qk_nope_head_dim": 8,
+            "v_head_dim": 12,
+            "n_routed_experts": 4,
+            "n_group": 1,
+            "topk_group": 1,
+            "num_experts_per_tok": 2,
+            "first_k_dense_replace": 1,
+            "moe_intermediate_size": 32,
+            "num_key_value_heads": 4,
+            "head_dim": 8,
         },
         "packed",
     ),
     "llama4": (
         "Llama4ForCausalLM",
         {
-            **{"num_local_experts": 2, "intermediate_size_mlp": 64, "attention_chunk_size": 16},
-            **{"no_rope_layers": [1, 1, 1, 0]},
+            "num_local_experts": 2,
+            "intermediate_size_mlp": 64,
+            "attention_chunk_size": 16,
+            "no_rope_layers": [1, 1, 1, 0],
         },
         "packed",
     ),
     "jamba": (
         "JambaForCausalLM",
-        {**{"mamba_d_state": 8, "mamba_d_conv": 4, "use_mamba_kernels": False}, "num_experts": 2},
+        {"mamba_d_state": 8, "mamba_d_conv": 4, "use_mamba_kernels": False, "num_experts": 2},
         None,
     ),
     "mamba": ("MambaForCausalLM", {}, None),
@@ -92,7 +103,11 @@ def build_model(kind: str, dtype: str = "float32") -> Any:
         config = transformers.GPT2Config(**sizes, n_positions=512, initializer_range=0.15)
     else:
         config = model_class.config_class(**SIZES | extra)
-    return model_class(config).eval().to(getattr(torch, dtype))
+    model = model_class(config).eval()
+    for weight in model.parameters():
+        # As a checkpoint loads: its buffers, such as rotary frequencies, stay float32.
+        weight.data = weight.data.to(getattr(torch, dtype))
+    return model
 
 
 def made_prompts(count: int, shared: int, seed: int = 3) -> list[list[int]]:
