@@ -676,10 +676,7 @@ def load_model(
     model = load_base(base, config, kind, task.labels, dtype, device, setup.quantization)
     # A decoder with a classification head finds a row's last token by this id.
     model.config.pad_token_id = tokenizer.pad_token_id
-    for module in model.modules():
-        if type(module).__name__ == "Linear4bit":
-            # On a CPU it would repack its weight for bfloat16 products only.
-            module.support_avx512bf16_for_cpu = False
+    keep_four_bit_layout(model)
     if adapter and not args.base_only:
         model = load_adapter(model, adapter, base)
     four = ", base in 4 bits" if setup.in_4bit else ""
@@ -1385,7 +1382,7 @@ class PackedAttention:
         query = (query[0] * scaling).view(groups, share, tokens, size).transpose(1, 2)
         parts = []
         for tile in row.tiles(heads, query.dtype, GPU_TILE if query.is_cuda else CPU_TILE):
-            n, length, spare = tile.count, tile.longest, tile.spare
+            n, length = tile.count, tile.longest
 
             def columns(states: Any, tile: Tile = tile) -> Any:
                 """Prefix, own tokens and spare columns of each post: groups * n x columns x size"""
@@ -1882,7 +1879,8 @@ def full_precision(model: Any) -> Iterator[None]:
                 module._parameters[name].data = kept.pop((module, name))
 
     for module in model.modules():
-        if type(module).__name__ == "Linear4bit":
+        # An adapter's layer of the same name is a wrapper around this one.
+        if hasattr(module, "support_avx512bf16_for_cpu"):
             replaced.append(module)
             module.forward = dequantised(module)
         elif any(True for _ in module.parameters(recurse=False)):
@@ -2206,9 +2204,7 @@ def build_metrics(
     else:
         strategies = [answers(task.name, "model", "prediction", "probabilities")]
     if args.with_base:
-        strategies.append(
-            answers("base_model", "compared", "base_prediction", "base_probabilities")
-        )
+        strategies.append(answers("base_model", "base", "base_prediction", "base_probabilities"))
     strategies += answer_baselines(task, posts, training, no_training)
     truth = [post["label"] for post in posts]
     members = group_members(posts, task.groups)
@@ -2623,6 +2619,18 @@ def group_table(metrics: dict[str, Any], strategies: list[dict[str, Any]]) -> li
     return rows
 
 
+def answer_table(metrics: dict[str, Any]) -> list[list[str]]:
+    """How many written answers have which status, per target group, header first; or no rows."""
+    if not metrics["answers"]:
+        return []
+    names = (*STATUSES, "labelled")
+    rows = [["target group", *STATUSES, "label read"]]
+    for group, counts in metrics["answers"].items():
+        name = "all posts" if group == "overall" else visible(group)
+        rows.append([name, *(str(counts[status]) for status in names)])
+    return rows
+
+
 def build_lead(metrics: dict[str, Any]) -> str:
     """The result in three sentences, each figure with its interval."""
     positive, negative = visible(metrics["positive_label"]), visible(metrics["negative"])
@@ -2649,6 +2657,9 @@ def build_lead(metrics: dict[str, Any]) -> str:
         sentences.append(
             f"Its false positive rate is highest for {ends[0]} and lowest for {ends[1]}."
         )
+    if metrics["answers"]:
+        lost = metrics["n"] - metrics["answers"]["overall"]["labelled"]
+        sentences.append(f"{lost} written answers have no label; they count as wrong.")
     f1 = f"f1_{metrics['positive_label']}"
     scores = [
         f"{visible(one['name'])} {shown(one['overall'][f1])}"
@@ -2685,7 +2696,8 @@ def build_plots(metrics: dict[str, Any]) -> list[dict[str, Any]]:
                 "meaning": meaning,
                 "overall": drawn[0]["overall"][key]["value"],
                 "rows": rows,
-                "names": [visible(one["name"]) for one in drawn],
+                "height": 12 + 17 * max(2, len(drawn)),
+                "names": [(one["kind"], visible(one["name"])) for one in drawn],
             }
         )
     return plots
@@ -2703,6 +2715,7 @@ def build_page(metrics: dict[str, Any], record: dict[str, Any]) -> dict[str, Any
         "lead": build_lead(metrics),
         "overall": overall_table(metrics),
         "groups": groups,
+        "answers": answer_table(metrics),
         "plots": build_plots(metrics),
         "positive": visible(metrics["positive_label"]),
         "negative": visible(metrics["negative"]),
@@ -2740,12 +2753,27 @@ def describe_run(metrics: dict[str, Any], record: dict[str, Any]) -> list[tuple[
         ("Decision", rule),
         ("Length", limits),
         ("Computed on", f"{record['device']}, {record['dtype']}"),
+        ("Scores", describe_scoring(record["scoring"])),
         ("Script", f"{SCRIPT}, SHA-256 {record['script_sha256']}"),
         ("Packages", ", ".join(f"{name} {number}" for name, number in record["packages"].items())),
         ("Made", record["created"]),
         ("Command", repeat_command(record)),
     ]
     return [(name, visible(value, 400)) for name, value in made]
+
+
+def describe_scoring(scoring: dict[str, Any]) -> str:
+    """By which path the scores were computed, how exact it proved, what became of near ties."""
+    scores = scoring["scores"]
+    parts = [
+        f"path {scoring['path']} ({scoring['attention']}); {scoring['checked_posts']} posts differ "
+        f"from naive scoring by at most {scoring['largest_difference']:.1e} nats"
+    ]
+    parts += [f"not {one['path']}: {one['reason']}" for one in scoring["steps_down"]]
+    if scores["rescored"]:
+        parts.append(f"{scores['rescored']} near ties scored again in float32")
+    parts.append(f"{scores['near_ties']} near ties left")
+    return "; ".join(parts)
 
 
 def repeat_command(record: dict[str, Any]) -> str:
@@ -2758,7 +2786,7 @@ def repeat_command(record: dict[str, Any]) -> str:
     for name, repo in named.items():
         pinned = f"{repo['repo']}@{repo['revision']}" if repo["revision"] else f"./{repo['repo']}"
         words += [f"--{name}", pinned]
-    left_out = {"config_file", "output_dir", "push", *named}
+    left_out = {"config_file", "output_dir", "push", "fresh", "save_minutes", *named}
     if "model_name_or_path" in named:
         left_out.add("model_revision")
     for name, value in arguments.items():
@@ -2788,6 +2816,7 @@ def build_markdown(page: dict[str, Any]) -> str:
             "## By target group",
             "",
             *table(page["groups"]),
+            *(["Written answers:", "", *table(page["answers"])] if page["answers"] else []),
             "Brackets hold 95 % intervals (Wilson).",
             "",
             "## What these figures do not say",
@@ -2825,9 +2854,11 @@ PAGE = """{% macro figure(cell) -%}
 <title>{{ title }}</title>
 <style>
 :root { color-scheme: light dark; --paper: #fff; --ink: #1c2127; --soft: #57606a; --line: #d5dae0;
-  --band: #f4f6f8; --model: #0a5bb0; --other: #8a5a00; }
+  --band: #f4f6f8; --model: #0a5bb0; --other: #8a5a00;
+  --compared: #6b3fa0; --base: #00655a; }
 @media (prefers-color-scheme: dark) { :root { --paper: #14181d; --ink: #e4e8ec; --soft: #a0abb6;
-  --line: #343c45; --band: #1c2229; --model: #74b3ff; --other: #dca94f; } }
+  --line: #343c45; --band: #1c2229; --model: #74b3ff; --other: #dca94f;
+  --compared: #c9a3ff; --base: #5fd3c0; } }
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--paper); color: var(--ink);
   font: 16px/1.5 system-ui, "Segoe UI", Roboto, sans-serif; }
@@ -2862,11 +2893,15 @@ svg .grid { stroke: var(--line); }
 svg .whole { stroke: var(--model); stroke-dasharray: 4 3; opacity: .7; }
 svg .model { stroke: var(--model); fill: var(--model); stroke-width: 2; }
 svg .baseline { stroke: var(--other); fill: var(--paper); stroke-width: 2; }
+svg .compared { stroke: var(--compared); fill: var(--paper); stroke-width: 2; }
+svg .base { stroke: var(--base); fill: var(--paper); stroke-width: 2; }
 .key { margin-right: 1rem; white-space: nowrap; }
 .key::before { content: ""; display: inline-block; width: .65em; height: .65em;
   margin-right: .35em; border: 2px solid; border-radius: 50%; }
 .key.model { color: var(--model); }
 .key.baseline { color: var(--other); }
+.key.compared { color: var(--compared); }
+.key.base { color: var(--base); }
 .key.model::before { background: var(--model); }
 li { max-width: 46rem; margin: .35rem 0; }
 @media print { main { padding: 0; } .plots, tr { break-inside: avoid; } }
@@ -2894,13 +2929,13 @@ answer-all baselines, and logistic regression on words fitted to the train split
 <h2>By target group</h2>
 <p class="soft">Dots are rates, whiskers their 95 % intervals; the dashed line is the model's rate
 over all posts.
-{% for name in plots[0].names %}<span class="key {{ 'model' if loop.first else 'baseline' }}">
+{% for kind, name in plots[0].names %}<span class="key {{ kind }}">
 {{- name }}</span>{% endfor %}</p>
 <div class="plots">
 {% for plot in plots %}
 <figure>
 <h3>{{ plot.title }}</h3><p class="soft">{{ plot.meaning }}</p>
-{% set bottom = 30 + 46 * plot.rows | length %}
+{% set bottom = 30 + plot.height * plot.rows | length %}
 <svg viewBox="0 0 520 {{ bottom + 24 }}" role="img" aria-label="{{ plot.title }} per target group">
 {% for tick in (0, 25, 50, 75, 100) %}
 {% set x = 130 + 2.2 * tick %}
@@ -2912,7 +2947,7 @@ over all posts.
 <line class="whole" x1="{{ x }}" x2="{{ x }}" y1="14" y2="{{ bottom }}"/>
 {% endif %}
 {% for row in plot.rows %}
-{% set top = 18 + 46 * loop.index0 %}
+{% set top = 18 + plot.height * loop.index0 %}
 <text x="0" y="{{ top + 16 }}">{{ row.name }}</text>
 <text class="faint" x="0" y="{{ top + 31 }}">{{ row.n }} posts</text>
 {% for mark in row.marks %}
@@ -2942,6 +2977,21 @@ over all posts.
 <p class="soft">False positive rate: share of the {{ negative }} posts that are taken for
 {{ positive }}. False negative rate: share of the {{ positive }} posts that are missed. Precision:
 share of the posts taken for {{ positive }} that are.</p>
+
+{% if answers %}
+<h2>Written answers</h2>
+<div class="scroll"><table class="figures">
+<thead><tr>{% for cell in answers[0] %}<th scope="col">{{ cell }}</th>{% endfor %}</tr></thead>
+<tbody>
+{% for row in answers[1:] %}
+<tr><th scope="row">{{ row[0] }}</th>
+{%- for cell in row[1:] %}<td>{{ cell }}</td>{% endfor %}</tr>
+{% endfor %}
+</tbody></table></div>
+<p class="soft">ok: a label in the prompt's form. unparsed: none. truncated: no end within the
+allowed tokens; a label that already stands there is read. An answer without label counts as
+wrong.</p>
+{% endif %}
 
 <h2>What these figures do not say</h2>
 <ul>{% for limit in limits %}<li>{{ limit }}</li>{% endfor %}</ul>
@@ -3937,6 +3987,18 @@ def open_trained_base(args: argparse.Namespace, contract: dict[str, Any]) -> Rep
         )
     print(f"base model {base['repo']} at {base['revision']} (from the contract)", flush=True)
     return open_repo(f"{base['repo']}@{base['revision']}", "model")
+
+
+def keep_four_bit_layout(model: Any) -> None:
+    """Keep a base in four bits as it was loaded; called before the trainer is built.
+
+    On a CPU with AVX512-BF16 bitsandbytes repacks each layer at the first evaluation, in place and
+    with loss. From then on no gradient flows through the layer, and a resumed run, which starts
+    from the loaded layout, differs.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
 
 
 def load_adapter(model: Any, adapter: Repo, base: Repo) -> Any:
