@@ -499,7 +499,7 @@ def read_unlabelled(file: Path, column: str) -> list[dict[str, Any]]:
     if kind not in (".txt", ".csv", ".jsonl"):
         fail(f"--input {file} is no .txt, .csv or .jsonl.")
     try:
-        content = file.read_text(encoding="utf-8-sig", newline="")
+        content = file.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         fail(f"--input {file} is not UTF-8: {error}")
     # Not splitlines: that also splits at signs such as U+2028, which stand in posts.

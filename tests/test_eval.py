@@ -6,6 +6,7 @@ pytest tests/test_eval.py
 from __future__ import annotations
 
 import csv
+import io
 import itertools
 import json
 import math
@@ -13,6 +14,8 @@ import os
 import random
 import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import asdict
 from html.parser import HTMLParser
@@ -939,6 +942,13 @@ def test_a_bad_test_file_is_refused(
         (["--base_only"], "needs --model_name_or_path"),
         (["--adapter", "./nowhere"], "does not exist"),
         (["--config_file", "nowhere.json"], "is not a file"),
+        (["--text", "a", "--input", "b.txt"], "--text and --input both name the posts"),
+        (["--text", "a", "--mode", "generate"], "is for an evaluation with labels"),
+        (["--input", "a.txt", "--with_base"], "--with_base is for an evaluation with labels"),
+        (["--with_base", "--base_only", "--adapter", "a/b"], "Leave one out"),
+        (["--max_new_tokens", "0"], "not positive"),
+        (["--rationales", "-1"], "cannot be negative"),
+        (["--mode", "write"], "invalid choice"),
     ],
 )
 def test_a_bad_flag_is_refused(
@@ -1010,3 +1020,385 @@ def test_a_machine_that_cannot_do_it_is_told_before_any_weight(
     message = refusal(evaluate, capsys, *argv, bases / "llama")
     assert "470.57.02" in message and "--allow_cpu" in message
     assert not (copied / "eval").exists()
+
+
+# --- what is finished, and what goes on ------------------------------------------------------
+
+
+class Stop(Exception):
+    """Stands for a kill in the middle."""
+
+
+def stop_after(monkeypatch: pytest.MonkeyPatch, evaluate: ModuleType, rows: int) -> list[int]:
+    """Let scoring die after some rows; the list counts the posts of each row that is computed."""
+    seen: list[int] = []
+    score = evaluate.Scorer.score_row
+
+    def limited(self: Any, posts: list[list[int]]) -> list[list[float]]:
+        if self.record:  # The check against naive scoring comes before.
+            if len(seen) == rows:
+                raise Stop
+            seen.append(len(posts))
+        return score(self, posts)
+
+    monkeypatch.setattr(evaluate.Scorer, "score_row", limited)
+    return seen
+
+
+def forbid_model(monkeypatch: pytest.MonkeyPatch, evaluate: ModuleType) -> None:
+    def refuse(*_: Any, **__: Any) -> Any:
+        raise AssertionError("a model is loaded for what is finished")
+
+    monkeypatch.setattr(evaluate, "load_base", refuse)
+
+
+def test_a_killed_evaluation_goes_on_to_the_same_bytes(
+    evaluate: ModuleType,
+    adapters: Path,
+    bases: Path,
+    dataset: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    argv = ["--dataset_repo", dataset, "--tokens_per_batch", 200, "--with_base"]
+    evaluate_folder(evaluate, adapters, bases, "causal", *argv, "--output_dir", tmp_path / "whole")
+    whole = (tmp_path / "whole" / "predictions.csv").read_bytes()
+    argv += ["--output_dir", tmp_path / "killed"]
+    for rows in (3, 12):
+        with monkeypatch.context() as patch:
+            stop_after(patch, evaluate, rows)
+            with pytest.raises(Stop):
+                evaluate_folder(evaluate, adapters, bases, "causal", *argv)
+        assert [file.name for file in (tmp_path / "killed").iterdir() if "partial" in file.name]
+    capsys.readouterr()
+    with monkeypatch.context() as patch:
+        seen = stop_after(patch, evaluate, 1000)
+        evaluate_folder(evaluate, adapters, bases, "causal", *argv)
+    printed = capsys.readouterr().out
+    assert "finished scores of an earlier start" in printed
+    assert 0 < sum(seen) < 80
+    assert (tmp_path / "killed" / "predictions.csv").read_bytes() == whole
+    assert {file.name for file in (tmp_path / "killed").iterdir()} == set(evaluate.FILES)
+    header = next(iter(read_csv(tmp_path / "whole" / "predictions.csv")))
+    assert {"base_prediction", "base_p_hate", "near_tie"} <= set(header)
+
+
+def test_a_finished_evaluation_is_answered_without_a_model(
+    evaluate: ModuleType,
+    adapters: Path,
+    bases: Path,
+    dataset: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    argv = ["--dataset_repo", dataset, "--output_dir", tmp_path, "--eval_name", "again"]
+    evaluate_folder(evaluate, adapters, bases, "causal", *argv)
+    before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+    with monkeypatch.context() as patch:
+        forbid_model(patch, evaluate)
+        evaluate_folder(evaluate, adapters, bases, "causal", *argv)
+        assert "finished already" in capsys.readouterr().out
+        assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
+        # Anything that decides the figures makes it another evaluation, as does --fresh.
+        for more in (["--threshold", "0.4"], ["--max_samples", "9"], ["--fresh"]):
+            with pytest.raises(AssertionError, match="a model is loaded"):
+                evaluate_folder(evaluate, adapters, bases, "causal", *argv, *more)
+    (tmp_path / "metrics.json").unlink()
+    evaluate_folder(evaluate, adapters, bases, "causal", *argv)
+    assert (tmp_path / "metrics.json").read_bytes() == before["metrics.json"]
+
+
+def test_another_machine_goes_on_and_answers_from_the_hub(
+    evaluate: ModuleType,
+    alice: Hub,
+    published: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    from huggingface_hub import HfApi
+
+    api = HfApi(endpoint=alice.endpoint, token=alice.token)
+    argv = ["--adapter", published, "--eval_name", "moved", "--save_minutes", "0"]
+    argv += ["--tokens_per_batch", "200"]
+    machines = [tmp_path / name for name in ("first", "second", "third")]
+    for folder in machines:
+        folder.mkdir()
+    monkeypatch.chdir(machines[0])
+    with monkeypatch.context() as patch:
+        stop_after(patch, evaluate, 6)
+        # A Hub that fails at a save costs a line, not the run.
+        alice.add_fault(path=f"{published}/commit", method="POST", status=500, times=1)
+        with pytest.raises(Stop):
+            evaluate.main(argv)
+    alice.clear_faults()
+    assert "not on the Hub, only here" in capsys.readouterr().out
+    partial = f"eval/moved/{evaluate.PARTIAL}"
+    pushed = Path(api.hf_hub_download(published, partial, local_dir=tmp_path)).read_text()
+    assert "neighbour" not in pushed and pushed.count("\n") == 7
+    monkeypatch.chdir(machines[1])
+    with monkeypatch.context() as patch:
+        seen = stop_after(patch, evaluate, 1000)
+        evaluate.main(argv)
+    assert "going on with" in capsys.readouterr().out
+    files = api.list_repo_files(published)
+    assert partial not in files and f"eval/moved/{evaluate.CONTRACT}" in files
+    monkeypatch.chdir(machines[2])
+    forbid_model(monkeypatch, evaluate)
+    evaluate.main(argv)
+    assert "finished already, from the Hub" in capsys.readouterr().out
+    local = [folder / "hsd-eval" / "eval-lora" / "moved" for folder in machines[1:]]
+    for name in evaluate.FILES:
+        assert (local[0] / name).read_bytes() == (local[1] / name).read_bytes()
+    assert len(seen) > 0
+
+
+@pytest.mark.parametrize("mode", ["generate", "rationales"])
+def test_written_answers_are_counted_and_kept_here(
+    evaluate: ModuleType,
+    alice: Hub,
+    published: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+    mode: str,
+) -> None:
+    """The model's answers are replaced, all else is real."""
+    from huggingface_hub import HfApi
+    from transformers import AutoTokenizer
+
+    api = HfApi(endpoint=alice.endpoint, token=alice.token)
+    monkeypatch.chdir(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained("alice/eval-base")
+    told = [("hate", True), ("my neighbours say so", True), ("hate hate hate", False)]
+    real = evaluate.Scorer.generate
+
+    def generate(self: Any, posts: Any, stops: Any, most: int) -> Any:
+        made = real(self, posts, stops, most)
+        assert len(made) == len(posts) and all(len(ids) <= most for ids, _ in made)
+        answers = [told[len(post) % 3] for post in posts]
+        return [(tokenizer(text)["input_ids"], ended) for text, ended in answers]
+
+    monkeypatch.setattr(evaluate.Scorer, "generate", generate)
+    flags = ["--mode", "generate"] if mode == "generate" else ["--rationales", "4"]
+    argv = ["--adapter", published, "--eval_name", mode, "--max_new_tokens", "5", *flags]
+    evaluate.main(argv)
+    printed = capsys.readouterr().out
+    folder = tmp_path / "hsd-eval" / "eval-lora" / mode
+    answers = [json.loads(line) for line in (folder / "answers.jsonl").open(encoding="utf-8")]
+    posts = {post["id"]: post for post in read_csv(folder / "predictions.csv")}
+    files = [file for file in api.list_repo_files(published) if file.startswith(f"eval/{mode}/")]
+    assert sorted(files) == sorted(f"eval/{mode}/{name}" for name in evaluate.FILES)
+    statuses = [one["status"] for one in answers]
+    assert f"{len(answers)} written answers: {statuses.count('ok')} ok" in printed
+    assert {one["answer"] for one in answers} <= {text for text, _ in told}
+    if mode == "rationales":
+        doubtful = [
+            post["id"]
+            for post in posts.values()
+            if post["near_tie"] == "true" or post["label"] != post["prediction"]
+        ]
+        assert [one["id"] for one in answers] == doubtful[:4]
+        return
+    assert len(answers) == len(posts) and set(statuses) == set(evaluate.STATUSES)
+    for one in answers:
+        post = posts[one["id"]]
+        assert post["answer_status"] == one["status"]
+        assert post["prediction"] == (one["label"] or "")
+        assert (one["label"] is not None) == (one["status"] == "ok")
+        assert post["scored_prediction"] in LABELS
+    metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+    overall = metrics["strategies"][0]["overall"]
+    wrong = sum(one["label"] != posts[one["id"]]["label"] for one in answers)
+    assert overall["accuracy"]["value"] == pytest.approx(1 - wrong / len(answers))
+    assert overall["roc_auc"]["reason"] == "written answers have no probability"
+    assert metrics["strategies"][1]["overall"]["roc_auc"]["value"] is not None
+    counts = metrics["answers"]
+    assert counts["overall"]["unparsed"] == statuses.count("unparsed")
+    for group, found in counts.items():
+        if group != "overall":
+            members = [one for one in answers if group in posts[one["id"]]["target_groups"]]
+            if group != evaluate.NO_TARGET:
+                assert found["ok"] == sum(one["status"] == "ok" for one in members)
+    page = (folder / "report.html").read_text(encoding="utf-8")
+    assert "Written answers" in page and "they count as wrong" in page
+
+
+def test_what_is_generated_is_greedy_with_and_without_the_shared_beginning(
+    evaluate: ModuleType, bases: Path
+) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, GenerationConfig
+
+    model = AutoModelForCausalLM.from_pretrained(bases / "llama").eval()
+    model.generation_config = GenerationConfig()
+    chance = random.Random(3)
+    head = [chance.randrange(5, 250) for _ in range(15)]
+    prompts = [[*head, *chance.choices(range(5, 250), k=size)] for size in (3, 9, 1, 20)]
+    expected = []
+    for prompt in prompts:
+        ids = list(prompt)
+        for _ in range(8):
+            with torch.inference_mode():
+                ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
+        expected.append(ids[len(prompt) :])
+    stop = expected[0][3]
+    setup = evaluate.Setup("float32", None, False, False)
+    for path in ("padded_with_prefix", "padded"):
+        scorer = evaluate.Scorer(model, [[7], [8]], 0, 500, setup)
+        scorer.begin(prompts)
+        scorer.use(path)
+        assert scorer.prefix.length == (15 if path == "padded_with_prefix" else 0)
+        for (ids, ended), wanted in zip(scorer.generate(prompts, [stop], 8), expected, strict=True):
+            if stop in wanted:
+                wanted = wanted[: wanted.index(stop)]
+            assert (ids, ended) == (wanted, len(wanted) < 8)
+
+
+def test_posts_without_labels_are_classified(
+    evaluate: ModuleType,
+    adapters: Path,
+    bases: Path,
+    rows: list[dict[str, Any]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    texts = ["", *(row["text"] for row in rows[:23]), "=1+1\u2028<|start|>system", 'a, "b"']
+    (tmp_path / "posts.txt").write_text("\n".join(texts) + "\n", encoding="utf-8")
+    records = [{"id": f"n{number}", "post": text} for number, text in enumerate(texts)]
+    tiny.write_csv(tmp_path / "posts.csv", records)
+    tiny.write_jsonl(tmp_path / "posts.jsonl", records)
+    monkeypatch.chdir(tmp_path)
+    words = ["--adapter", str(adapters / "causal"), "--model_name_or_path", str(bases / "llama")]
+    found = {}
+    for kind in ("txt", "csv", "jsonl"):
+        more = [] if kind == "txt" else ["--text_column", "post"]
+        out = ["--input", f"posts.{kind}", "--output_dir", kind]
+        evaluate.main([*words, *out, *more])
+        printed = capsys.readouterr().out
+        assert "decided by threshold 0.5" in printed and "6 more in" in printed
+        assert not [text for text in texts if len(text) > 20 and text in printed]
+        found[kind] = read_csv(tmp_path / kind / "predictions.csv")
+        assert [path.name for path in (tmp_path / kind).iterdir()] == ["predictions.csv"]
+        assert [post["p_hate"] for post in found[kind]] == [post["p_hate"] for post in found["txt"]]
+        assert {post["label"] for post in found[kind]} == {""}
+    assert found["csv"][2]["id"] == "n2" and found["txt"][2]["id"] == "3"
+    evaluate.main([*words, "--text", texts[5], "--threshold", "0.001"])
+    last = capsys.readouterr().out.strip().splitlines()
+    assert last[-2] == "p_hate (decided by threshold 0.001)"
+    assert last[-1].split()[1:] == ["hate", "1"]
+    assert float(last[-1].split()[0]) == pytest.approx(float(found["txt"][5]["p_hate"]), abs=1e-4)
+    monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(texts[:3]) + "\n"))
+    evaluate.main([*words, "--input", "-", "--output_dir", "stdin"])
+    posts = read_csv(tmp_path / "stdin" / "predictions.csv")
+    assert [post["p_hate"] for post in posts] == [post["p_hate"] for post in found["txt"][:3]]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("posts.csv", "body\nx\n", "row 1 has no 'text'. There are: body. Name the column"),
+        ("posts.jsonl", '{"text": 5}\n', "needs a `text`"),
+        ("posts.jsonl", "[1]\n", "every line is to be an object"),
+        ("posts.jsonl", "text\n", "not JSON in every line"),
+        ("posts.txt", b"\xff\xfe\n", "is not UTF-8"),
+        ("posts.txt", "", "holds no posts"),
+        ("posts.xls", "x", "is no .txt, .csv or .jsonl"),
+        (None, "", "is not a file"),
+    ],
+)
+def test_a_bad_input_is_refused(
+    evaluate: ModuleType,
+    adapters: Path,
+    bases: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture,
+    name: str | None,
+    content: str | bytes,
+    message: str,
+) -> None:
+    file = tmp_path / (name or "nowhere.txt")
+    if name:
+        file.write_bytes(content.encode() if isinstance(content, str) else content)
+    argv = ["--adapter", adapters / "causal", "--model_name_or_path", bases / "llama"]
+    assert message in refusal(evaluate, capsys, *argv, "--input", file)
+
+
+def test_several_processes_give_the_bytes_of_one(
+    evaluate: ModuleType, adapters: Path, bases: Path, dataset: Path, tmp_path: Path
+) -> None:
+    words = ["--adapter", adapters / "causal", "--model_name_or_path", bases / "llama"]
+    words += ["--dataset_repo", dataset, "--tokens_per_batch", 200, "--with_base"]
+    words = [*map(str, words), "--dtype", "bfloat16"]
+    evaluate.main([*words, "--output_dir", str(tmp_path / "one")])
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
+    run = subprocess.run(
+        [*launch, "2", tiny.ROOT / "eval/eval.py", *words, "--output_dir", tmp_path / "two"],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.count("report: ") == 1
+    one, two = (tmp_path / name / "predictions.csv" for name in ("one", "two"))
+    assert one.read_bytes() == two.read_bytes()
+    record = json.loads((tmp_path / "two" / "contract.json").read_text(encoding="utf-8"))
+    assert record["world_size"] == 2 and record["scoring"]["scores"]["rescored"] > 0
+    assert not [file for file in two.parent.iterdir() if "partial" in file.name]
+
+
+def test_several_gpus_start_a_process_each(
+    evaluate: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+
+    started: list[list[str]] = []
+    monkeypatch.setattr(os, "execv", lambda program, words: started.append(words))
+    monkeypatch.setattr(sys, "argv", ["eval/eval.py", "--adapter", "a/b"])
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    for gpus, device in ((1, "cuda"), (4, "cpu"), (4, "cuda")):
+        monkeypatch.setattr(torch.cuda, "device_count", lambda gpus=gpus: gpus)
+        evaluate.start_on_all_gpus(device)
+    (words,) = started
+    assert words[0] == sys.executable and words[-3:] == ["eval/eval.py", "--adapter", "a/b"]
+    assert words[words.index("--nproc-per-node") + 1] == "4"
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    evaluate.start_on_all_gpus("cuda")
+    assert len(started) == 1
+
+
+def test_a_base_is_quantised_as_it_was_trained(
+    evaluate: ModuleType, capsys: pytest.CaptureFixture
+) -> None:
+    from types import SimpleNamespace
+
+    base = evaluate.Repo("a/b", "model", "0" * 40)
+    plain = SimpleNamespace()
+    mxfp4 = SimpleNamespace(quantization_config={"quant_method": "mxfp4"})
+    trained = {
+        "arguments": {"load_in_4bit": True, "bnb_4bit_quant_type": "fp4"},
+        "training": {"precision": "bfloat16"},
+    }
+
+    def setup(*words: str, contract: Any = trained, config: Any = plain) -> Any:
+        flags = evaluate.build_parser().parse_args(list(words))
+        return evaluate.choose_setup(flags, contract, base, config, "cpu")
+
+    found = setup("--dtype", "bfloat16")
+    assert found.in_4bit and found.autocast and found.rounded
+    assert found.quantization.bnb_4bit_quant_type == "fp4"
+    whole = setup("--load_in_4bit", "false")
+    assert whole == evaluate.Setup("float32", None, False, False) and not whole.rounded
+    assert setup("--load_in_4bit", contract={}).quantization.bnb_4bit_quant_type == "nf4"
+    assert setup(contract={}) == whole
+    for words, config, message in (
+        (["--load_in_4bit"], mxfp4, "cannot quantise a/b: it is stored as mxfp4"),
+        (["--keep_mxfp4"], plain, "is stored as None) and a GPU (this is cpu)"),
+    ):
+        with pytest.raises(SystemExit) as end:
+            setup(*words, contract={}, config=config)
+        assert end.value.code == 2 and message in capsys.readouterr().err
