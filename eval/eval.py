@@ -1238,8 +1238,10 @@ class PackedRow:
         self.has_tree = nodes > 0
         self.ids = torch.tensor([ids], device=device)
         self.positions = torch.tensor([positions], device=device)
-        # Where the logits count: the end of each post's trunk, then its nodes.
-        self.needed = (starts[:, None] + torch.cat(places, 1)).flatten().to(device)
+        # Where the logits count, shape posts x (1 + nodes): the end of each post's trunk and its
+        # nodes, as slots and as places in the row.
+        self.end_slots = torch.cat([place.expand(len(posts), -1) for place in places], 1).to(device)
+        self.ends = starts[:, None].to(device) + self.end_slots
         # Shape posts x L: the row's index of each slot (0 beyond a post's end), its position.
         self.slots = torch.where(inside, starts[:, None] + slot, 0).to(device)
         # Shape posts (or 1, where all are the same) x L x L: which slot sees which.
@@ -1292,18 +1294,38 @@ class Tile:
     inside: Any
     bias: Any
 
+    @property
+    def own(self) -> Any:
+        """Where the posts' tokens stand in the row: a slice, or an index of posts x slots."""
+        return self.tokens if self.slots is None else self.slots
+
+    def columns(self, states: Any, prefix: int) -> Any:
+        """Keys or values that each post can see, shape heads * posts x columns x size.
+
+        They are the prefix, its own tokens, and spare columns.
+        """
+        import torch
+
+        own = states[0, :, prefix:][:, self.own]
+        own = own.reshape(states.shape[1], self.count, self.longest, -1)
+        shared = states[0, :, None, :prefix].expand(-1, self.count, -1, -1)
+        spare = own.new_zeros(1, 1, 1, 1).expand(*own.shape[:2], self.spare, own.shape[3])
+        return torch.cat([shared, own, spare], 2).flatten(0, 1)
+
 
 class PackedAttention:
     """Attention of a packed row: every token sees the shared prefix and its own post.
 
     transformers calls it under the name "packed". Scores exist only between a token and the
     prefix and within each post: nothing is computed for two posts together. Query heads that share
-    a key head are rows of the same product.
+    a key head are rows of the same product. In the last layer only the places ask whose logits
+    count.
     """
 
     def __init__(self) -> None:
         self.row: PackedRow | None = None
         self.kernels: set[str] = set()
+        self.last_layer: int | None = None
 
     def register(self) -> None:
         """Make it known to transformers; registering again replaces the earlier one."""
@@ -1361,10 +1383,15 @@ class PackedAttention:
             self.kernels.add("flash")
             return self.attend_flash(query, key, value, scaling, s_aux), None
         self.kernels.add("grouped")
-        return self.attend_grouped(query, key, value, attention_mask, scaling, softcap, s_aux), None
+        layer = getattr(module, "layer_idx", None)
+        found = self.attend_grouped(
+            layer, query, key, value, attention_mask, scaling, softcap, s_aux
+        )
+        return found, None
 
     def attend_grouped(
         self,
+        layer: int | None,
         query: Any,
         key: Any,
         value: Any,
@@ -1378,43 +1405,41 @@ class PackedAttention:
 
         row, heads, tokens, size = self.row, query.shape[1], query.shape[2], query.shape[3]
         groups, prefix = key.shape[1], self.row.prefix
-        share = heads // groups
+        share, ends_only = heads // groups, layer is not None and layer == self.last_layer
         query = (query[0] * scaling).view(groups, share, tokens, size).transpose(1, 2)
-        parts = []
+        mixed = value.new_zeros(tokens, heads, value.shape[-1])
         for tile in row.tiles(heads, query.dtype, GPU_TILE if query.is_cuda else CPU_TILE):
-            n, length = tile.count, tile.longest
-
-            def columns(states: Any, tile: Tile = tile) -> Any:
-                """Prefix, own tokens and spare columns of each post: groups * n x columns x size"""
-                own = states[0, :, prefix:]
-                own = own[:, tile.tokens if tile.slots is None else tile.slots]
-                own = own.reshape(groups, tile.count, tile.longest, -1)
-                shared = states[0, :, None, :prefix].expand(-1, tile.count, -1, -1)
-                empty = own.new_zeros(1, 1, 1, 1).expand(*own.shape[:2], tile.spare, own.shape[3])
-                return torch.cat([shared, own, empty], 2).flatten(0, 1)
-
-            lines = query[:, tile.tokens if tile.slots is None else tile.slots]
-            lines = lines.reshape(groups * n, length * share, size)
-            scores = torch.bmm(lines, columns(key).transpose(1, 2))
+            n, asked, count = tile.count, tile.own, tile.longest
+            hidden, first = tile.bias, prefix
+            if mask is not None:
+                seen = mask[tile.posts, :count, : prefix + count]
+                lowest = torch.finfo(mask.dtype).min
+                hidden, first = torch.nn.functional.pad(seen, (0, tile.spare), value=lowest), 0
+            if ends_only:
+                slots = row.end_slots[tile.posts]
+                each = torch.arange(n, device=slots.device)[:, None]
+                hidden = hidden.expand(n, -1, -1)[each, slots]
+                asked, count = row.ends[tile.posts], slots.shape[1]
+            lines = query[:, asked].reshape(groups * n, count * share, size)
+            scores = torch.bmm(lines, tile.columns(key, prefix).transpose(1, 2))
             if softcap is not None:
                 scores = softcap * torch.tanh(scores / softcap)
-            shaped = scores.view(groups, n, length, share, -1)
-            shaped[..., prefix:] += tile.bias[:, :, None].to(scores.dtype)
-            if mask is not None:
-                seen = mask[tile.posts, :length, None, : prefix + length].to(scores.dtype)
-                shaped[..., : prefix + length] += seen
+            shaped = scores.view(groups, n, count, share, -1)
+            shaped[..., first:] += hidden[:, :, None].to(scores.dtype)
             if sinks is not None:
                 sink = sinks.to(scores.dtype).view(groups, 1, 1, share, 1)
-                sink = sink.expand(groups, n, length, share, 1).reshape(groups * n, -1, 1)
+                sink = sink.expand(groups, n, count, share, 1).reshape(groups * n, -1, 1)
                 scores = torch.cat([scores, sink], -1)
             weights = torch.softmax(scores, -1)
             if sinks is not None:
                 weights = weights[..., :-1]
-            mixed = torch.bmm(weights.to(value.dtype), columns(value))
-            mixed = mixed.view(groups, n * length, share, -1).transpose(0, 1)
-            mixed = mixed.reshape(n * length, heads, -1)
-            parts.append(mixed if tile.inside is None else mixed[tile.inside])
-        return torch.cat(parts)[None]
+            found = torch.bmm(weights.to(value.dtype), tile.columns(value, prefix))
+            found = found.view(groups, n * count, share, -1).transpose(0, 1).flatten(1, 2)
+            if ends_only:
+                mixed[asked.flatten()] = found
+            else:
+                mixed[tile.tokens] = found if tile.inside is None else found[tile.inside]
+        return mixed[None]
 
     def attend_flash(self, query: Any, key: Any, value: Any, scaling: float, sinks: Any) -> Any:
         """FlashAttention of torch: to the prefix, within the posts, then joined by their weights.
@@ -1492,6 +1517,7 @@ class Scorer:
         self.packed.register()
         self.shared: list[int] = []
         self.prefixes: dict[bool, Prefix] = {}
+        self.hooks: list[Any] = []
         self.exact = False
         self.record: dict[str, Any] = {}
 
@@ -1504,10 +1530,45 @@ class Scorer:
     def use(self, path: str) -> None:
         """Take a path, with the weights as they are now: prefixes are read anew."""
         self.path, self.prefixes = path, {}
+        for hook in self.hooks:
+            hook.remove()
+        self.hooks = self.ask_ends_only() if path == "packed" else []
         if self.completions:
             name = "packed" if path == "packed" else self.own_attention
             if attention_of(self.model) != name:
                 bare_model(self.model).set_attn_implementation(name)
+
+    def ask_ends_only(self) -> list[Any]:
+        """Let the last layer compute only the places whose logits count; return the hooks.
+
+        Nothing reads its other places. Its attention knows them, and its feed-forward block, where
+        it has a common name, gets a shorter row.
+        """
+        model = bare_model(self.model)
+        layers = model.config.get_text_config(decoder=True).num_hidden_layers
+        self.packed.last_layer = layers - 1
+        lists = [
+            part
+            for part in model.modules()
+            if type(part).__name__ == "ModuleList" and len(part) == layers
+        ]
+        names = ("mlp", "feed_forward", "block_sparse_moe")
+        blocks = [vars(part[-1])["_modules"].get(name) for part in lists for name in names]
+        blocks = [block for block in blocks if block is not None]
+        if len(blocks) != 1:
+            return []
+
+        def shorten(_: Any, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+            return (inputs[0][:, self.packed.row.ends.flatten()], *inputs[1:])
+
+        def lengthen(_: Any, inputs: tuple[Any, ...], output: Any) -> Any:
+            row, first = self.packed.row, output[0] if isinstance(output, tuple) else output
+            whole = first.new_zeros(1, row.ids.shape[1], first.shape[-1])
+            whole[:, row.ends.flatten()] = first.view(1, -1, first.shape[-1])
+            return (whole, *output[1:]) if isinstance(output, tuple) else whole
+
+        (block,) = blocks
+        return [block.register_forward_pre_hook(shorten), block.register_forward_hook(lengthen)]
 
     def forward(self, **inputs: Any) -> Any:
         """The model's logits, computed as the scorer stands: autocast, or exactly in float32."""
@@ -1641,7 +1702,7 @@ class Scorer:
             position_ids=row.positions,
             past_key_values=self.prefix.cache(),
             use_cache=True,
-            logits_to_keep=row.needed,
+            logits_to_keep=row.ends.flatten(),
         )
         logits = logits[0].float().view(len(posts), len(tree.tokens) + 1, -1)
         normaliser = logits.logsumexp(-1)

@@ -186,8 +186,6 @@ def score(
     """Margins by eval.py's scorer: all it does, or the engine alone on token ids."""
     ids = tokenizer(texts, add_special_tokens=False)["input_ids"]
     labels = [tokenizer(label, add_special_tokens=False)["input_ids"] for label in LABELS]
-    bare = evaluate.bare_model(model)
-    bare.set_attn_implementation("sdpa")
     setup = evaluate.Setup(dtype, None, False, False)
     scorer = evaluate.Scorer(model, labels, 0, evaluate.default_budget(model), setup)
     scorer.begin(ids)
@@ -204,6 +202,7 @@ def score(
             scorer, ids, margin, rounded, "scores", None, evaluate.World(0, 1)
         )
     score.record = record
+    scorer.use("naive")  # Leaves the model as it was.
     return [row[1] - row[0] for row in scores]
 
 
@@ -212,7 +211,6 @@ def harness(model: Any, tokenizer: Any, batch: int, device: str) -> Callable[[li
     from lm_eval.api.instance import Instance
     from lm_eval.models.huggingface import HFLM
 
-    model.set_attn_implementation("sdpa")
     with contextlib.redirect_stderr(io.StringIO()):
         runner = HFLM(
             pretrained=model,
@@ -238,7 +236,6 @@ def generate(model: Any, tokenizer: Any, texts: list[str], device: str) -> None:
     """The usual way: batches of four in file order, 64 new tokens."""
     import torch
 
-    model.set_attn_implementation("sdpa")
     tokenizer.padding_side = "left"
     for start in range(0, len(texts), 4):
         batch = tokenizer(

@@ -257,11 +257,11 @@ def test_scores_do_not_depend_on_rows_order_or_threads(evaluate: ModuleType) -> 
     random.Random(1).shuffle(order)
 
     def run(budget: int, prompts: list[list[int]] = prompts) -> list[list[float]]:
-        bare = evaluate.bare_model(model)
-        bare.set_attn_implementation("sdpa")
         scorer = scorer_of(evaluate, model, completions, budget)
         scorer.begin(prompts)
-        return all_scores(evaluate, scorer, prompts)
+        scores = all_scores(evaluate, scorer, prompts)
+        scorer.use("naive")  # Leaves the model as it was.
+        return scores
 
     first = run(128)
     assert run(128) == first
@@ -341,10 +341,10 @@ def test_a_path_that_is_wrong_or_raises_is_left(
     grouped = evaluate.PackedAttention.attend_grouped
     padded = evaluate.Scorer.score_padded
 
-    def sees_too_much(self: Any, query: Any, key: Any, value: Any, *rest: Any) -> Any:
+    def sees_too_much(self: Any, layer: Any, query: Any, *rest: Any) -> Any:
         for tile in self.row.tiles(query.shape[1], query.dtype, evaluate.CPU_TILE):
             tile.bias.zero_()
-        return grouped(self, query, key, value, *rest)
+        return grouped(self, layer, query, *rest)
 
     broken: set[str] = set()
 
@@ -415,7 +415,7 @@ def test_flash_attention_in_two_parts_is_the_grouped_one(
     query = torch.randn(1, 6, tokens, 8)
     key, value = torch.randn(2, 1, 2, prefix + tokens, 8)
     sink = torch.randn(6) if sinks else None
-    grouped = attention.attend_grouped(query, key, value, None, 0.3, None, sink)
+    grouped = attention.attend_grouped(None, query, key, value, None, 0.3, None, sink)
     assert torch.allclose(attention.attend_flash(query, key, value, 0.3, sink), grouped, atol=1e-6)
 
 
