@@ -2080,7 +2080,13 @@ def answer_posts(
         "scoring",
         flush=True,
     )
-    return {"written": len(written), **counts, "labelled": parsed, "agree_with_scores": agreed}
+    return {
+        "path": scorer.path,
+        "written": len(written),
+        **counts,
+        "labelled": parsed,
+        "agree_with_scores": agreed,
+    }
 
 
 # --- figures ---------------------------------------------------------------------------------
@@ -2985,6 +2991,7 @@ li { max-width: 46rem; margin: .35rem 0; }
 {% endfor %}
 </tbody></table></div>
 <p class="soft">In brackets: 95 % interval (Wilson). The first row is the evaluated model; below it
+stand what it was asked to be compared with (its own label scores, its base without adapter),
 answer-all baselines, and logistic regression on words fitted to the train split.</p>
 
 <h2>By target group</h2>
