@@ -96,7 +96,9 @@ FILES = (
     *("report.html", "report.md", CONTRACT),
 )
 # What is finished of an evaluation that is not: scores, and answers, which can quote their post.
-PARTIAL, PARTIAL_ANSWERS = "scores.partial.jsonl", "answers.partial.jsonl"
+PARTIAL = ("scores", "answers")
+# What makes an adapter: weights, and how its posts become tokens.
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "*token*", "*.jinja")
 # Written where the model was asked for answers; pushed only with --log_text.
 ANSWERS = "answers.jsonl"
 # Of a written answer: its label is read, has no label, or did not come to its end.
@@ -133,7 +135,7 @@ def build_parser() -> Parser:
     model.add_argument("--dtype", choices=["auto", "float32", "bfloat16"], default="auto")
     unset: dict[str, Any] = switch | {"default": None}
     model.add_argument("--load_in_4bit", **unset, help="quantise the base (as it was trained)")
-    model.add_argument("--keep_mxfp4", **switch, help="gpt-oss in MXFP4, by the package kernels")
+    model.add_argument("--keep_mxfp4", **switch, help="gpt-oss as stored, by the package kernels")
     model.add_argument("--tokens_per_batch", type=int, help="at once (by memory; CPU: 1024)")
     model.add_argument("--allow_cpu", **switch, help="run a large model without a GPU")
     data = parser.add_argument_group("posts")
@@ -183,7 +185,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     for name in ("tokens_per_batch", "max_samples", "max_length", "max_new_tokens"):
         if vars(args)[name] is not None and vars(args)[name] < 1:
             fail(f"--{name} {vars(args)[name]} is not positive.")
-    if args.rationales < 0 or args.save_minutes < 0:
+    if args.rationales < 0 or not args.save_minutes >= 0:
         fail("--rationales and --save_minutes cannot be negative.")
     check_posts_source(args)
     if args.with_base and args.base_only:
@@ -214,7 +216,7 @@ def check_posts_source(args: argparse.Namespace) -> None:
             "--dataset_repo, --test_file, --input or --text."
         )
     if is_ad_hoc(args):
-        for name in ("rationales", "with_base", "push"):
+        for name in ("rationales", "with_base", "push", "max_samples"):
             if vars(args)[name]:
                 fail(f"--{name} is for an evaluation with labels; --text and --input have none.")
         if args.mode == "generate":
@@ -229,6 +231,7 @@ def is_ad_hoc(args: argparse.Namespace) -> bool:
 def main(argv: list[str] | None = None) -> None:
     quiet_libraries()
     args = parse_args(argv)
+    world = join_world()
     adapter, contract = open_subject(args)
     pushes = check_push(args, adapter)
     dataset = open_dataset(args, contract)
@@ -246,14 +249,16 @@ def main(argv: list[str] | None = None) -> None:
     device = check_device(count_parameters(config), args.allow_cpu, job_command(args, adapter))
     tokenizer = load_tokenizer(adapter or base)
     encoded, answers = encode_posts(tokenizer, task, contract, posts)
-    start_on_all_gpus(device)
-    world = join_world()
-    with draft_folder(target) if world.rank == 0 else contextlib.nullcontext() as draft:
+    if not is_ad_hoc(args):
+        start_on_all_gpus(device)
+    setup = choose_setup(args, contract, base, config, device)
+    writes = world.rank == 0 and args.text is None
+    with draft_folder(target) if writes else contextlib.nullcontext() as draft:
         repo = adapter.name if adapter and pushes else None
-        journals = open_journals(args, key, repo, name, target, world)
-        setup = choose_setup(args, contract, base, config, device)
+        scores_key = hash_of([key_of_weights(adapter, base), repr(setup), encoded, answers])
+        journals = open_journals(args, scores_key, repo, name, target, world)
         model = load_model(args, task, base, config, adapter, tokenizer, setup, device)
-        scorer = build_scorer(args, model, tokenizer, answers, encoded, setup)
+        scorer = build_scorer(args, model, tokenizer, answers, encoded, setup, world)
         record = decide_posts(args, task, scorer, tokenizer, posts, encoded, journals, world)
         if world.rank:
             return
@@ -274,7 +279,8 @@ def main(argv: list[str] | None = None) -> None:
     print_summary(metrics)
     print(f"report: {target / 'report.html'}", flush=True)
     if adapter and pushes:
-        push_files(args, adapter, name, target)
+        partial = [journal.repo[1] for journal in journals if journal.repo]
+        push_files(args, adapter, name, target, partial)
 
 
 # --- what is scored --------------------------------------------------------------------------
@@ -356,7 +362,8 @@ def open_dataset(args: argparse.Namespace, contract: dict[str, Any]) -> Repo | N
         if trained_on:
             print(f"dataset {args.dataset_repo} overrides {trained_on} of the contract", flush=True)
         return open_repo(args.dataset_repo, "dataset")
-    if is_ad_hoc(args) and (not trained_on or args.prompt in (None, contract["prompt"]["name"])):
+    asked = (contract.get("prompt") or {}).get("name")
+    if is_ad_hoc(args) and (not trained_on or args.prompt in (None, asked)):
         return None
     if recorded.get("revision") is None:
         if args.test_file:
@@ -474,16 +481,19 @@ def read_posts(
 
 def read_ad_hoc_posts(args: argparse.Namespace) -> list[dict[str, Any]]:
     """The posts of --text or --input: `id`, `text` and no label. Their ids default to numbers."""
-    if args.text is not None:
-        texts = [sys.stdin.read().removesuffix("\n") if args.text == "-" else args.text]
-        rows = [{"text": text} for text in texts]
+    if args.text is not None and args.text != "-":
+        rows = [{"text": args.text}]
+    elif args.text == "-":
+        rows = [{"text": decode_posts(sys.stdin.buffer.read(), "stdin").removesuffix("\n")}]
     elif args.input == "-":
-        rows = [{"text": line} for line in sys.stdin.read().removesuffix("\n").split("\n")]
+        rows = split_lines(decode_posts(sys.stdin.buffer.read(), "stdin"))
     else:
         rows = read_unlabelled(Path(args.input).expanduser(), args.text_column)
     posts = []
     for number, row in enumerate(rows, start=1):
-        posts.append({"id": row.get("id") or str(number), "text": row["text"], "label": None})
+        name = row.get("id")
+        name = str(number) if name in (None, "") else name
+        posts.append({"id": name, "text": row["text"], "label": None})
     if not posts:
         fail(f"{args.input} holds no posts.")
     check_posts(posts, "--text" if args.text is not None else f"--input {args.input}")
@@ -498,21 +508,16 @@ def read_unlabelled(file: Path, column: str) -> list[dict[str, Any]]:
     kind = file.suffix.lower()
     if kind not in (".txt", ".csv", ".jsonl"):
         fail(f"--input {file} is no .txt, .csv or .jsonl.")
-    try:
-        content = file.read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        fail(f"--input {file} is not UTF-8: {error}")
-    # Not splitlines: that also splits at signs such as U+2028, which stand in posts.
-    lines = content.replace("\r\n", "\n").removesuffix("\n").split("\n") if content else []
+    content = decode_posts(file.read_bytes(), f"--input {file}")
     if kind == ".txt":
-        return [{"text": line} for line in lines]
+        return split_lines(content)
     if kind == ".csv":
         csv.field_size_limit(2**31 - 1)
         rows: list[Any] = list(csv.DictReader(io.StringIO(content, newline="")))
         columns = list(rows[0]) if rows else []
     else:
         try:
-            rows = [json.loads(line) for line in lines if line.strip()]
+            rows = [json.loads(line) for line in content.split("\n") if line.strip()]
         except ValueError as error:
             fail(f"--input {file} is not JSON in every line: {error}")
         if not all(isinstance(row, dict) for row in rows):
@@ -527,8 +532,21 @@ def read_unlabelled(file: Path, column: str) -> list[dict[str, Any]]:
     return [{"id": row.get("id"), "text": row[column]} for row in rows]
 
 
+def decode_posts(content: bytes, origin: str) -> str:
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        fail(f"{origin} is not UTF-8: {error}")
+
+
+def split_lines(content: str) -> list[dict[str, Any]]:
+    """A post for each line. Not splitlines: that also splits at U+2028, which stands in posts."""
+    lines = content.replace("\r\n", "\n").removesuffix("\n").split("\n") if content else []
+    return [{"text": line} for line in lines]
+
+
 def show_posts(
-    args: argparse.Namespace, task: Task, posts: list[dict[str, Any]], draft: Path, target: Path
+    args: argparse.Namespace, task: Task, posts: list[dict[str, Any]], draft: Any, target: Path
 ) -> None:
     """Print what classified posts are, and keep all of a file's in predictions.csv."""
     rule = "the likeliest label" if len(task.labels) > 2 else f"threshold {args.threshold}"
@@ -679,6 +697,11 @@ def load_model(
     keep_four_bit_layout(model)
     if adapter and not args.base_only:
         model = load_adapter(model, adapter, base)
+    if args.keep_mxfp4 and can_widen(model):
+        fail(
+            f"{base.name} was dequantised all the same: its kernels need a newer GPU, triton or "
+            "package kernels. Leave --keep_mxfp4 out."
+        )
     four = ", base in 4 bits" if setup.in_4bit else ""
     print(f"scoring on {device_name(device)} in {setup.dtype}{four}", flush=True)
     return model.eval()
@@ -762,6 +785,10 @@ def join_world() -> World:
         if not distributed.is_initialized():
             # Scores are few bytes, so gloo serves; a rank may wait long for another's last row.
             distributed.init_process_group("gloo", timeout=timedelta(hours=3))
+        import torch
+
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
         if world.rank:
             sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
     return world
@@ -803,10 +830,12 @@ class Journal:
             known = self.found.setdefault(stage, {})
             known.update({int(index): value for index, value in values.items()})
         # Written anew: a torn last line must not swallow the next one.
+        entries = [{"stage": stage, "values": values} for stage, values in self.found.items()]
+        text = "".join(json.dumps(entry) + "\n" for entry in ({"key": self.key}, *entries))
         self.file.parent.mkdir(parents=True, exist_ok=True)
-        self.file.write_text(json.dumps({"key": self.key}) + "\n", encoding="utf-8")
-        for stage, values in self.found.items():
-            self.append(stage, values)
+        whole = self.file.with_suffix(".new")
+        whole.write_text(text, encoding="utf-8")
+        whole.replace(self.file)
         if count := sum(map(len, self.found.values())):
             print(f"going on with {count} finished scores of an earlier start", flush=True)
 
@@ -865,11 +894,13 @@ def open_journals(
 
     Answers can quote their post, so they go to the Hub only where the posts may.
     """
-    if world.rank:
+    if world.rank or is_ad_hoc(args):
         return []
     journals = []
-    for file, may_go in ((PARTIAL, True), (PARTIAL_ANSWERS, args.log_text)):
-        place = (repo, f"eval/{name}/{file}") if repo and may_go else None
+    for kind in PARTIAL:
+        file = f"{kind}.partial-{key[:8]}.jsonl"
+        may_go = repo and (kind == "scores" or args.log_text)
+        place = (repo, f"eval/{name}/{file}") if may_go else None
         journals.append(Journal(target / file, key, place, args.save_minutes))
         journals[-1].load(args.fresh)
     return journals
@@ -1007,19 +1038,23 @@ def score_posts(
     indices = list(range(len(posts)))
     found = score_stage(scorer, posts, indices, stage, journal, world)
     scores = [found[index] for index in indices]
-    if any(math.isnan(score) for row in scores for score in row):
-        fail("the model's scores are not numbers. Try --dtype float32.", code=1)
+    check_numbers(scores)
     ties, record = TIE, {"rescored": 0, "largest_error": None, "reach": TIE}
-    if rounded and can_widen(scorer.model):
+    if rounded and scorer.widened:
         record = settle_near_ties(scorer, posts, scores, margin, stage, journal, world)
     elif rounded:
-        ties = max(TIE, 4 * scorer.record["largest_difference"])
-        record["reach"] = ties
+        ties = record["reach"] = UNMEASURED
+    check_numbers(scores)
     place = {tuple(ids): index for index, ids in enumerate(posts)}
     where = [place[tuple(ids)] for ids in encoded]
     near = [margin(scores[index]) < ties for index in where]
     record |= {"posts": len(encoded), "distinct_prompts": len(posts), "near_ties": sum(near)}
     return [scores[index] for index in where], near, record
+
+
+def check_numbers(scores: list[list[float]]) -> None:
+    if not all(math.isfinite(score) for row in scores for score in row):
+        fail("the model's scores are not numbers. Try --dtype float32.", code=1)
 
 
 def encode_prompts(
@@ -1064,13 +1099,22 @@ def build_scorer(
     answers: list[list[int]],
     encoded: list[list[int]],
     setup: Setup,
+    world: World,
 ) -> Scorer:
-    """The scorer on its fastest exact path, checked on a few of the posts."""
-    budget = args.tokens_per_batch or default_budget(model)
+    """The scorer on its fastest exact path, checked on a few of the posts.
+
+    All processes take the smallest budget and the plainest path of them, so that they agree on
+    the rows.
+    """
+    budget = min(world.gather(args.tokens_per_batch or default_budget(model)))
     scorer = Scorer(model, answers, tokenizer.pad_token_id or 0, budget, setup)
     scorer.begin(encoded)
     scorer.check(encoded, scorer.path)
     record = scorer.record
+    plainest = max(world.gather(scorer.path), key=PATHS.index)
+    if plainest != scorer.path:
+        scorer.use(plainest)
+        record["path"] = plainest
     print(
         f"scoring path {record['path']}: {record['checked_posts']} posts differ from naive "
         f"scoring by at most {record['largest_difference']:.1e} nats in {record['checked_in']}",
@@ -1136,7 +1180,7 @@ def decide_posts(
                 f"first pass up to {record['largest_error']:.2g} nats); {record['near_ties']} left",
                 flush=True,
             )
-    scoring |= {"attention": scorer.attention(), "tokens_per_row": scorer.budget}
+    scoring |= {"attention": scorer.attention(), "tokens_per_row": scorer.row_budget}
     scoring |= {"autocast": scorer.setup.autocast, "mode": args.mode}
     if args.mode == "generate" or args.rationales:
         scoring["answers"] = answer_posts(
@@ -1163,9 +1207,13 @@ def decide(probabilities: dict[str, float], task: Task, threshold: float) -> str
 
 # From the fastest to the plainest; each is exact where the model's code does what it seems to.
 PATHS = ("packed", "padded_with_prefix", "padded", "naive")
-# Largest differences, in nats, between a path's margins and the naive ones that are taken for
-# rounding: of float32 sums, and of bfloat16 ones where float32 cannot be had.
-TOLERANCE, COARSE_TOLERANCE = 1e-3, 1.0
+# Largest difference, in nats, between a path's margins and the naive ones in float32.
+TOLERANCE = 1e-3
+# A kernel whose margins are off by more is broken, not rounded.
+COARSE_TOLERANCE = 1.0
+# What rounding may have decided where it cannot be measured: bfloat16 errors of dense models of up
+# to 100M parameters stayed below 0.75 nats.
+UNMEASURED = 0.75
 # A float32 margin below this may be the other way round on another machine.
 TIE = 1e-4
 # Bytes of attention scores that are computed at once: the second-level cache of a CPU core.
@@ -1326,6 +1374,7 @@ class PackedAttention:
         self.row: PackedRow | None = None
         self.kernels: set[str] = set()
         self.last_layer: int | None = None
+        self.flash = True
 
     def register(self) -> None:
         """Make it known to transformers; registering again replaces the earlier one."""
@@ -1379,7 +1428,13 @@ class PackedAttention:
         scaling = scaling if scaling is not None else query.shape[-1] ** -0.5
         half = value.dtype in (torch.bfloat16, torch.float16)
         plain = attention_mask is None and softcap is None and not self.row.has_tree
-        if value.is_cuda and half and plain and query.shape[-1] == value.shape[-1] <= 256:
+        if (
+            self.flash
+            and value.is_cuda
+            and half
+            and plain
+            and query.shape[-1] == value.shape[-1] <= 256
+        ):
             self.kernels.add("flash")
             return self.attend_flash(query, key, value, scaling, s_aux), None
         self.kernels.add("grouped")
@@ -1508,7 +1563,9 @@ class Scorer:
     def __init__(
         self, model: Any, completions: list[list[int]], pad: int, budget: int, setup: Setup
     ) -> None:
-        self.model, self.pad, self.budget, self.setup = model, pad, budget, setup
+        self.model, self.pad, self.setup = model, pad, setup
+        # Rows are filled up to the first; the second shrinks where memory does not suffice.
+        self.row_budget, self.budget = budget, budget
         self.completions = completions
         self.tree = build_tree(completions) if completions else LabelTree([], [], [], [], [])
         self.path = PATHS[0] if completions else "padded"
@@ -1519,6 +1576,7 @@ class Scorer:
         self.prefixes: dict[bool, Prefix] = {}
         self.hooks: list[Any] = []
         self.exact = False
+        self.widened = can_widen(model)
         self.record: dict[str, Any] = {}
 
     def begin(self, posts: list[list[int]]) -> None:
@@ -1613,7 +1671,7 @@ class Scorer:
         for index in ordered:
             # The first post of a row is its longest, so a padded row grows by that length.
             grows = self.size([posts[rows[-1][0] if rows and self.path != "packed" else index]])
-            if not rows or used + grows > self.budget:
+            if not rows or used + grows > self.row_budget:
                 rows.append([])
                 used, grows = 0, self.size([posts[index]])
             rows[-1].append(index)
@@ -1672,7 +1730,7 @@ class Scorer:
         """Run the model once over what all prompts share."""
         import torch
 
-        if not self.shared or self.path == "padded":
+        if not self.shared or self.path in ("padded", "naive"):
             return Prefix()
         device, cache = self.model.device, Prefix().cache()
         ids = torch.tensor([self.shared], device=device)
@@ -1778,6 +1836,8 @@ class Scorer:
         """Logits of a sequence classifier for a batch padded on the right."""
         import torch
 
+        # A tokenizer that adds nothing leaves nothing of an empty post.
+        posts = [post or [self.pad] for post in posts]
         width, device = max(map(len, posts)), self.model.device
         ids = torch.full((len(posts), width), self.pad)
         mask = torch.zeros((len(posts), width), dtype=torch.long)
@@ -1825,41 +1885,72 @@ class Scorer:
         """Score a few posts naively and go from a first path down to one of the same margins.
 
         Compared in float32 even where the run is not, so that a wrong mask cannot hide behind
-        rounding; where float32 cannot be had, with a tolerance for bfloat16.
+        rounding; a model that cannot be computed in it is scored naively altogether.
         """
         ordered = sorted(posts, key=lambda post: (-len(post), post))
         places = {0, len(posts) // 3, 2 * len(posts) // 3, len(posts) - 1}
         sample = [ordered[place] for place in sorted(places)]
-        widened = can_widen(self.model)
-        tolerance = TOLERANCE if widened else COARSE_TOLERANCE
+        self.use("naive")
+        expected = self.score_by_definition(sample)
         steps_down = []
-        with self.in_float32() if widened else contextlib.nullcontext():
-            self.use("naive")
-            expected = [self.score_naive(post) for post in sample]
+        if not self.widened:
+            reason = "there is no float32 to prove it in"
+            steps_down.append({"path": first, "reason": reason})
+            print(f"posts are scored one by one: {reason}", flush=True)
+            first = "naive"
+        with self.in_float32() if self.widened else contextlib.nullcontext():
             for path in PATHS[PATHS.index(first) :]:
                 self.use(path)
-                try:
-                    largest = largest_difference(self.score(sample), expected)
-                    reason = f"its margins differ by up to {largest:.2g}"
-                except Exception as error:
-                    # Foreign model code can raise anything where it is asked for something new.
-                    if is_out_of_memory(error):
-                        raise
-                    largest, reason = math.inf, f"{type(error).__name__}: {error}".splitlines()[0]
-                if largest <= tolerance:
+                largest, reason = self.compare(sample, expected)
+                if largest <= TOLERANCE:
                     break
-                steps_down.append({"path": path, "reason": visible(reason, 300)})
-                print(f"scoring path {path} is not exact here ({visible(reason, 300)})", flush=True)
-        if not largest <= tolerance:
+                steps_down.append({"path": path, "reason": reason})
+                print(f"scoring path {path} is not exact here ({reason})", flush=True)
+        if not largest <= TOLERANCE:
             fail("the model's scores are not numbers. Try --dtype float32.", code=1)
         self.record = {
             "path": path,
             "steps_down": steps_down,
             "checked_posts": len(sample),
-            "checked_in": "float32" if widened else "the run's precision",
+            "checked_in": "float32" if self.widened else "the run's precision",
             "largest_difference": largest,
-            "tolerance": tolerance,
+            "tolerance": TOLERANCE,
         }
+        if path == "packed" and self.setup.rounded:
+            # Its kernels for the run's own precision are others than those of float32.
+            coarse, reason = self.compare(sample, expected)
+            self.packed.flash = coarse <= COARSE_TOLERANCE
+            if not self.packed.flash:
+                print(f"flash attention is not used ({reason})", flush=True)
+            self.record["largest_error_of_checked"] = self.compare(sample, expected)[0]
+
+    def score_by_definition(self, sample: list[list[int]]) -> list[list[float]]:
+        """Naive scores, in float32 unless the model's code cannot compute in it."""
+
+        def score() -> list[list[float]]:
+            return [self.within_memory([post], self.score_row)[0] for post in sample]
+
+        if self.widened:
+            try:
+                with self.in_float32():
+                    return score()
+            except RuntimeError as error:
+                # Code that reads another module's weights meets two precisions.
+                self.widened = False
+                reason = visible(str(error).splitlines()[0], 200)
+                print(f"this model cannot be computed in float32 ({reason})", flush=True)
+        return score()
+
+    def compare(self, sample: list[list[int]], expected: list[list[float]]) -> tuple[float, str]:
+        """Largest difference of the path's margins, inf where it fails, and what is wrong."""
+        try:
+            largest = largest_difference(self.score(sample), expected)
+        except Exception as error:
+            # Foreign model code can raise anything where it is asked for something new.
+            if is_out_of_memory(error):
+                raise
+            return math.inf, visible(f"{type(error).__name__}: {error}".splitlines()[0], 300)
+        return largest, f"its margins differ by up to {largest:.2g}"
 
     def attention(self) -> str:
         """The attention that the path computes with."""
@@ -1895,11 +1986,20 @@ def has_experts(model: Any) -> bool:
     return any((getattr(config, name, None) or 0) > 1 for name in names)
 
 
+def has_window(model: Any) -> bool:
+    """Say whether a model's layers see only a window or a chunk of what stands before."""
+    config = bare_model(model).config.get_text_config(decoder=True)
+    kinds = set(getattr(config, "layer_types", None) or ())
+    window = getattr(config, "sliding_window", None) and not kinds
+    return bool(window or kinds & {"sliding_attention", "chunked_attention"})
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Say whether an error means that memory, of a GPU or of the machine, is exhausted."""
     import torch
 
-    exhausted = "DefaultCPUAllocator" in str(error) and "allocate" in str(error)
+    text = str(error)
+    exhausted = ("DefaultCPUAllocator" in text and "allocate" in text) or "ALLOC_FAILED" in text
     return exhausted or isinstance(error, (torch.OutOfMemoryError, MemoryError))
 
 
@@ -1991,9 +2091,23 @@ def generate_answers(
 
     # A model's own settings may sample or punish repetition; what is asked for is the likeliest.
     bare_model(scorer.model).generation_config = GenerationConfig()
-    batches = list(token_batches([len(ids) + most for ids in encoded], 4 * scorer.budget))
-    kept = set(wanted)
-    rows = [row for batch in batches if (row := [index for index in batch if index in kept])]
+    lengths = [len(encoded[index]) + most for index in wanted]
+    batches = token_batches(lengths, 4 * scorer.row_budget)
+    if scorer.path == "naive":
+        batches = iter([[place] for place in range(len(wanted))])
+    elif has_window(scorer.model):
+        # Padding would use up the window: only posts of one length go together.
+        alike = (
+            (length, [place for place, other in enumerate(lengths) if other == length])
+            for length in sorted(set(lengths), reverse=True)
+        )
+        batches = (
+            places[start : start + size]
+            for length, places in alike
+            for size in [max(1, 4 * scorer.row_budget // length)]
+            for start in range(0, len(places), size)
+        )
+    rows = [[wanted[place] for place in batch] for batch in batches]
 
     def compute(row: list[int]) -> list[list[Any]]:
         made = scorer.within_memory(
@@ -2002,7 +2116,7 @@ def generate_answers(
         return [[tokenizer.decode(ids, skip_special_tokens=True), ended] for ids, ended in made]
 
     sizes = [sum(len(encoded[index]) + most for index in row) for row in rows]
-    found = run_rows(rows, sizes, compute, "answers", journal, world)
+    found = run_rows(rows, sizes, compute, f"answers of {most} tokens", journal, world)
     return {index: (text, ended) for index, (text, ended) in found.items()}
 
 
@@ -2011,7 +2125,8 @@ def stop_tokens(tokenizer: Any, task: Task) -> list[int]:
     roles = [message["role"] for message in prompt_messages(task.prompt, "")]
     scaffold = build_scaffold(tokenizer, roles, task.date, task.effort)
     closing = tokenizer(scaffold.pieces[-1], add_special_tokens=False)["input_ids"]
-    stops = {tokenizer.eos_token_id, *closing[:1]} - {None}
+    control = [token for token in closing if token in tokenizer.added_tokens_decoder]
+    stops = {tokenizer.eos_token_id, *control[:1]} - {None}
     if not stops:
         fail("the tokenizer names no end token, so no answer could end. Leave --mode score.")
     return sorted(stops)
@@ -2025,8 +2140,6 @@ def read_answer(template: str, text: str, ended: bool, labels: list[str]) -> tup
     if ended:
         label = parse_answer(template, text.strip(), labels)
         return ("ok" if label else "unparsed"), label
-    if is_json(template):
-        return "truncated", None
     head, _, tail = template.partition("{label}")
     names = "|".join(map(re.escape, sorted(labels, key=len, reverse=True)))
     follows = re.escape(tail.partition("{rationale}")[0])
@@ -2057,8 +2170,10 @@ def answer_posts(
             if post["near_tie"] or post["prediction"] != post["label"]
         )
         wanted = list(itertools.islice(doubtful, args.rationales))
-    # The path of the scores may be one that generates nothing, and its successor is not proven.
-    scorer.check(encoded, "padded_with_prefix" if scorer.path == "packed" else scorer.path)
+    # Packed rows generate nothing, and the next path is not proven yet.
+    first = "padded_with_prefix" if scorer.path == "packed" else scorer.path
+    scorer.check(encoded, "padded" if has_window(scorer.model) and first != "naive" else first)
+    scorer.use(max(world.gather(scorer.path), key=PATHS.index))
     stops, journal = stop_tokens(tokenizer, task), journals[-1] if journals else None
     written = generate_answers(
         scorer, tokenizer, encoded, wanted, args.max_new_tokens, stops, journal, world
@@ -2370,13 +2485,13 @@ def write_csv(file: Path, header: list[str], rows: list[list[Any]]) -> None:
 def write_predictions(file: Path, task: Task, posts: list[dict[str, Any]], with_text: bool) -> None:
     """One row a post: its labels, its probabilities, its groups, what was special about it."""
     others = [label for label in task.labels if label != task.positive]
-    shown = [task.positive, *(others if len(others) > 1 else [])]
+    listed = [task.positive, *(others if len(others) > 1 else [])]
     columns: dict[str, Callable[[dict[str, Any]], Any]] = {
         "id": lambda post: post["id"],
         "label": lambda post: post["label"],
         "prediction": lambda post: post["prediction"],
     }
-    for label in shown:
+    for label in listed:
         columns[f"p_{label}"] = lambda post, label=label: post["probabilities"][label]
     columns |= {
         "target_groups": lambda post: "|".join(post["target_groups"]),
@@ -2501,8 +2616,10 @@ def name_output(args: argparse.Namespace, adapter: Repo | None) -> tuple[str, Pa
     """The evaluation's name and its folder here."""
     name = args.eval_name or args.split
     if not args.eval_name:
-        if file := args.test_file or args.input or (args.text is not None and "text"):
-            name = "stdin" if file == "-" else Path(file).stem
+        if args.test_file:
+            name = Path(args.test_file).stem
+        elif args.input:
+            name = "input-stdin" if args.input == "-" else f"input-{Path(args.input).stem}"
         name = re.sub(r"[^\w.-]+", "-", name, flags=re.ASCII).strip(".-") or "posts"
         name += "-base" if args.base_only else ""
         name += "-generate" if args.mode == "generate" else ""
@@ -2527,6 +2644,24 @@ def fingerprint(repo: Repo) -> Any:
     ]
 
 
+def hash_of(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()
+
+
+def key_of_weights(adapter: Repo | None, base: Repo) -> list[Any]:
+    """What tells the model that is scored, and the script that scores it.
+
+    An adapter is known by its files, because each report is one more commit of its repo.
+    """
+    script = Path(__file__).read_text(encoding="utf-8")
+    if adapter is None:
+        return [script, fingerprint(base)]
+    folder = adapter.fetch(*ADAPTER_FILES)
+    files = [path for name in ADAPTER_FILES for path in sorted(folder.glob(name))]
+    hashes = [[file.name, hashlib.sha256(file.read_bytes()).hexdigest()] for file in files]
+    return [script, fingerprint(base), hashes]
+
+
 def evaluation_key(
     args: argparse.Namespace,
     contract: dict[str, Any],
@@ -2534,22 +2669,17 @@ def evaluation_key(
     base: Repo,
     dataset: Repo | None,
 ) -> str:
-    """A hash of everything that decides an evaluation's scores and report.
-
-    An adapter is known by its files, because each report is one more commit of its repo.
-    """
+    """A hash of everything that decides an evaluation's scores and report."""
     loose = ("output_dir", "push", "allow_public", "fresh", "config_file", "save_minutes")
+    # Known by their content, so that @revision, a branch or a moved folder make no difference.
+    loose += ("adapter", "model_name_or_path", "model_revision", "dataset_repo")
     fixed = {name: value for name, value in vars(args).items() if name not in loose}
-    # By its content below, so that @revision, a branch or a moved folder make no difference.
-    for name in ("adapter", "model_name_or_path", "model_revision", "dataset_repo"):
-        fixed.pop(name)
-    parts: list[Any] = [without_paths(fixed), contract, fingerprint(base)]
-    parts += [dataset and fingerprint(dataset), Path(__file__).read_text(encoding="utf-8")]
-    names = ["adapter_config.json", "adapter_model.safetensors"] if adapter else []
-    files = [adapter.fetch(*names) / name for name in names]
-    files += [Path(file).expanduser() for file in (args.test_file, args.input) if file]
-    hashes = [hashlib.sha256(file.read_bytes()).hexdigest() for file in files if file.is_file()]
-    return hashlib.sha256(json.dumps([*parts, hashes]).encode()).hexdigest()
+    today = None if contract else datetime.now(UTC).date().isoformat()
+    parts: list[Any] = [without_paths(fixed), contract, today, key_of_weights(adapter, base)]
+    parts.append(dataset and fingerprint(dataset))
+    if args.test_file and (file := Path(args.test_file).expanduser()).is_file():
+        parts.append(hashlib.sha256(file.read_bytes()).hexdigest())
+    return hash_of(parts)
 
 
 def answer_from_files(
@@ -2562,10 +2692,12 @@ def answer_from_files(
 ) -> bool:
     """Answer from the files of the same evaluation, here or on the Hub, where it is finished."""
     names = output_files(args)
-    pushed = tuple(file for file in names if file != ANSWERS or args.log_text)
+    pushed = pushed_files(args)
     here, there = is_whole(target, names, key), False
     if adapter and adapter.folder is None:
-        found = adapter.fetch(*(f"eval/{name}/{file}" for file in pushed)) / "eval" / name
+        # A report is a later commit than the adapter that it is of.
+        newest = open_repo(adapter.name, "model")
+        found = newest.fetch(*(f"eval/{name}/{file}" for file in pushed)) / "eval" / name
         there = is_whole(found, pushed, key)
         if there and not here:
             with draft_folder(target) as draft:
@@ -2578,7 +2710,7 @@ def answer_from_files(
     print_summary(json.loads((target / "metrics.json").read_text(encoding="utf-8")))
     print(f"report: {target / 'report.html'}", flush=True)
     if pushes and not there:
-        push_files(args, adapter, name, target)
+        push_files(args, adapter, name, target, [])
     return True
 
 
@@ -2595,6 +2727,11 @@ def output_files(args: argparse.Namespace) -> tuple[str, ...]:
     """The files that an evaluation with these arguments writes, the contract last."""
     asks = args.mode == "generate" or args.rationales
     return (*FILES[:-1], *([ANSWERS] if asks else []), CONTRACT)
+
+
+def pushed_files(args: argparse.Namespace) -> tuple[str, ...]:
+    """Those of them that go to the Hub: answers can quote their post."""
+    return tuple(file for file in output_files(args) if file != ANSWERS or args.log_text)
 
 
 @contextlib.contextmanager
@@ -2616,19 +2753,19 @@ def publish_draft(draft: Path, target: Path, names: tuple[str, ...]) -> None:
         (draft / name).replace(target / name)
 
 
-def push_files(args: argparse.Namespace, adapter: Repo, name: str, folder: Path) -> None:
+def push_files(
+    args: argparse.Namespace, adapter: Repo, name: str, folder: Path, partial: list[str]
+) -> None:
     """Commit the evaluation's files to eval/NAME/ of the adapter repo, all at once.
 
-    The same commit removes what was kept there of the unfinished evaluation.
+    The same commit removes `partial`: what was kept there while it was unfinished.
     """
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
     operations: list[Any] = [
         CommitOperationAdd(path_in_repo=f"eval/{name}/{file}", path_or_fileobj=folder / file)
-        for file in output_files(args)
-        if file != ANSWERS or args.log_text
+        for file in pushed_files(args)
     ]
-    partial = [f"eval/{name}/{file}" for file in (PARTIAL, PARTIAL_ANSWERS)]
     with hub_errors(f"push the report in {folder} to {adapter.name}"):
         there = HfApi().get_paths_info(adapter.name, partial)
         operations += [CommitOperationDelete(path_in_repo=item.path) for item in there]

@@ -947,6 +947,7 @@ def test_a_bad_test_file_is_refused(
         (["--input", "a.txt", "--with_base"], "--with_base is for an evaluation with labels"),
         (["--with_base", "--base_only", "--adapter", "a/b"], "Leave one out"),
         (["--max_new_tokens", "0"], "not positive"),
+        (["--save_minutes", "nan"], "cannot be negative"),
         (["--rationales", "-1"], "cannot be negative"),
         (["--mode", "write"], "invalid choice"),
     ],
@@ -1135,7 +1136,8 @@ def test_another_machine_goes_on_and_answers_from_the_hub(
             evaluate.main(argv)
     alice.clear_faults()
     assert "not on the Hub, only here" in capsys.readouterr().out
-    partial = f"eval/moved/{evaluate.PARTIAL}"
+    (partial,) = [file for file in api.list_repo_files(published) if "partial" in file]
+    assert partial.startswith("eval/moved/scores.partial-")
     pushed = Path(api.hf_hub_download(published, partial, local_dir=tmp_path)).read_text()
     assert "neighbour" not in pushed and pushed.count("\n") == 7
     monkeypatch.chdir(machines[1])
@@ -1149,6 +1151,12 @@ def test_another_machine_goes_on_and_answers_from_the_hub(
     forbid_model(monkeypatch, evaluate)
     evaluate.main(argv)
     assert "finished already, from the Hub" in capsys.readouterr().out
+    # The commit of the adapter, which comes before its reports, is the same adapter.
+    first = api.list_repo_commits(published)[-1].commit_id
+    adapter = api.list_repo_commits(published)[-2].commit_id
+    assert first != adapter
+    evaluate.main(["--adapter", f"{published}@{adapter}", *argv[2:]])
+    assert "finished already" in capsys.readouterr().out
     local = [folder / "hsd-eval" / "eval-lora" / "moved" for folder in machines[1:]]
     for name in evaluate.FILES:
         assert (local[0] / name).read_bytes() == (local[1] / name).read_bytes()
@@ -1268,7 +1276,7 @@ def test_posts_without_labels_are_classified(
 ) -> None:
     texts = ["", *(row["text"] for row in rows[:23]), "=1+1\u2028<|start|>system", 'a, "b"']
     (tmp_path / "posts.txt").write_text("\n".join(texts) + "\n", encoding="utf-8")
-    records = [{"id": f"n{number}", "post": text} for number, text in enumerate(texts)]
+    records = [{"id": number, "post": text} for number, text in enumerate(texts)]
     tiny.write_csv(tmp_path / "posts.csv", records)
     tiny.write_jsonl(tmp_path / "posts.jsonl", records)
     monkeypatch.chdir(tmp_path)
@@ -1285,16 +1293,30 @@ def test_posts_without_labels_are_classified(
         assert [path.name for path in (tmp_path / kind).iterdir()] == ["predictions.csv"]
         assert [post["p_hate"] for post in found[kind]] == [post["p_hate"] for post in found["txt"]]
         assert {post["label"] for post in found[kind]} == {""}
-    assert found["csv"][2]["id"] == "n2" and found["txt"][2]["id"] == "3"
+    assert found["csv"][0]["id"] == "0" and found["txt"][0]["id"] == "1"
+    assert found["jsonl"][2]["id"] == "2"
     evaluate.main([*words, "--text", texts[5], "--threshold", "0.001"])
     last = capsys.readouterr().out.strip().splitlines()
     assert last[-2] == "p_hate (decided by threshold 0.001)"
     assert last[-1].split()[1:] == ["hate", "1"]
     assert float(last[-1].split()[0]) == pytest.approx(float(found["txt"][5]["p_hate"]), abs=1e-4)
-    monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(texts[:3]) + "\n"))
+    assert not (adapters / "causal" / "eval" / "text").exists()
+    typed = io.TextIOWrapper(io.BytesIO("\n".join([*texts[:3], ""]).encode()))
+    monkeypatch.setattr("sys.stdin", typed)
     evaluate.main([*words, "--input", "-", "--output_dir", "stdin"])
     posts = read_csv(tmp_path / "stdin" / "predictions.csv")
     assert [post["p_hate"] for post in posts] == [post["p_hate"] for post in found["txt"][:3]]
+
+
+def test_a_classifier_takes_posts_without_labels_and_empty_ones(
+    evaluate: ModuleType, adapters: Path, bases: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "posts.txt").write_text("a\n\nb\n", encoding="utf-8")
+    argv = ["--input", tmp_path / "posts.txt", "--output_dir", tmp_path / "out"]
+    evaluate_folder(evaluate, adapters, bases, "classify", *argv)
+    posts = read_csv(tmp_path / "out" / "predictions.csv")
+    assert [post["id"] for post in posts] == ["1", "2", "3"]
+    assert all(0 < float(post["p_hate"]) < 1 for post in posts)
 
 
 @pytest.mark.parametrize(

@@ -504,6 +504,12 @@ def test_a_margin_is_the_way_to_another_decision(
         ('{"label": "{label}"}', '{"label": "normal"}', True, ("ok", "normal")),
         ('{"label": "{label}"}', '{"label": ["normal"]}', True, ("unparsed", None)),
         ('{"label": "{label}"}', '{"label": "nor', False, ("truncated", None)),
+        (
+            '{"label": "{label}", "rationale": "{rationale}"}',
+            '{"label": "hate", "rationale": "it att',
+            False,
+            ("truncated", "hate"),
+        ),
     ],
 )
 def test_an_answer_is_read_from_its_beginning(
@@ -549,3 +555,80 @@ def test_a_prompt_begins_with_one_start_token(
         ((ids, _),) = evaluate.encode_prompts(tokenizer, scaffold, [asked], ["a post"], 64)
         assert ids[0] == start and ids.count(start) == 1
         assert "Judge." in tokenizer.decode(ids) and "a post" in tokenizer.decode(ids)
+
+
+@pytest.mark.parametrize("kind", ["jamba", "mamba"])
+def test_code_that_cannot_be_widened_is_still_scored(
+    evaluate: ModuleType, kind: str, capsys: pytest.CaptureFixture
+) -> None:
+    prompts, completions = made_prompts(12, shared=21), LABELS["one token"]
+    model = build_model(kind, "bfloat16")
+    expected = naive_scores(model, prompts, completions)
+    scorer = scorer_of(evaluate, model, completions, dtype="bfloat16")
+    scorer.begin(prompts)
+    scorer.check(prompts, scorer.path)
+    assert "cannot be computed in float32" in capsys.readouterr().out
+    assert scorer.record["checked_in"] == "the run's precision" and scorer.path == "naive"
+    found, near, record = evaluate.score_posts(
+        scorer,
+        prompts,
+        lambda row: evaluate.decision_margin(row, 0, 0.5),
+        True,
+        "scores",
+        None,
+        evaluate.World(0, 1),
+    )
+    assert evaluate.largest_difference(found, expected) < 1e-4
+    assert record["rescored"] == 0 and record["reach"] == evaluate.UNMEASURED
+    for row, tie in zip(found, near, strict=True):
+        assert tie == (abs(row[0] - row[1]) < record["reach"])
+
+
+@pytest.mark.parametrize("kind", ["mistral", "gpt_oss", "llama"])
+def test_written_answers_are_those_of_single_prompts(evaluate: ModuleType, kind: str) -> None:
+    """A window must not be used up by padding."""
+    import torch
+
+    class Words:
+        def decode(self, ids: list[int], **_: Any) -> str:
+            return " ".join(map(str, ids))
+
+    prompts = made_prompts(13, shared=21)
+    model = build_model(kind)
+    expected = []
+    for prompt in prompts:
+        ids = list(prompt)
+        for _ in range(20):
+            with torch.inference_mode():
+                ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
+        expected.append(" ".join(map(str, ids[len(prompt) :])))
+    scorer = scorer_of(evaluate, model, LABELS["one token"])
+    scorer.begin(prompts)
+    scorer.check(prompts, "padded" if evaluate.has_window(model) else "padded_with_prefix")
+    wanted = [index for index in range(len(prompts)) if index != 4]
+    found = evaluate.generate_answers(
+        scorer, Words(), prompts, wanted, 20, [9999], None, evaluate.World(0, 1)
+    )
+    assert {index: text for index, (text, _) in found.items()} == {
+        index: expected[index] for index in wanted
+    }
+
+
+def test_a_kernel_that_fails_in_the_runs_precision_is_not_used(
+    evaluate: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    prompts, completions = made_prompts(12, shared=21), LABELS["one token"]
+    grouped = evaluate.PackedAttention.attend_grouped
+
+    def fails(self: Any, layer: Any, query: Any, key: Any, value: Any, *rest: Any) -> Any:
+        if self.flash and str(value.dtype) == "torch.bfloat16":
+            raise RuntimeError("FlashAttention only supports Ampere GPUs or newer.")
+        return grouped(self, layer, query, key, value, *rest)
+
+    monkeypatch.setattr(evaluate.PackedAttention, "attend_grouped", fails)
+    scorer = scorer_of(evaluate, build_model("llama", "bfloat16"), completions, dtype="bfloat16")
+    scorer.begin(prompts)
+    scorer.check(prompts, scorer.path)
+    assert scorer.path == "packed" and not scorer.packed.flash
+    assert "flash attention is not used (RuntimeError" in capsys.readouterr().out
+    assert scorer.record["largest_error_of_checked"] < evaluate.COARSE_TOLERANCE
