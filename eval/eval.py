@@ -1206,7 +1206,7 @@ def decide(probabilities: dict[str, float], task: Task, threshold: float) -> str
 
 
 # From the fastest to the plainest; each is exact where the model's code does what it seems to.
-PATHS = ("packed", "padded_with_prefix", "padded", "naive")
+PATHS = ("packed", "padded_with_prefix", "padded_ends", "padded", "naive")
 # Largest difference, in nats, between a path's margins and the naive ones in float32.
 TOLERANCE = 1e-3
 # A kernel whose margins are off by more is broken, not rounded.
@@ -1568,7 +1568,11 @@ class Scorer:
         self.row_budget, self.budget = budget, budget
         self.completions = completions
         self.tree = build_tree(completions) if completions else LabelTree([], [], [], [], [])
-        self.path = PATHS[0] if completions else "padded"
+        # A decoder's classifier reads a post's last token only, by a head of this name.
+        ends = hasattr(bare_model(model), "score")
+        self.path = PATHS[0] if completions else "padded_ends" if ends else "padded"
+        # The places of a batch whose outputs count, for the last layer; see ask_ends_only.
+        self.ends: Any = None
         self.own_attention = attention_of(model)
         self.packed = PackedAttention()
         self.packed.register()
@@ -1590,7 +1594,7 @@ class Scorer:
         self.path, self.prefixes = path, {}
         for hook in self.hooks:
             hook.remove()
-        self.hooks = self.ask_ends_only() if path == "packed" else []
+        self.hooks = self.ask_ends_only() if path in ("packed", "padded_ends") else []
         if self.completions:
             name = "packed" if path == "packed" else self.own_attention
             if attention_of(self.model) != name:
@@ -1599,8 +1603,8 @@ class Scorer:
     def ask_ends_only(self) -> list[Any]:
         """Let the last layer compute only the places whose logits count; return the hooks.
 
-        Nothing reads its other places. Its attention knows them, and its feed-forward block, where
-        it has a common name, gets a shorter row.
+        Nothing reads its other places. A packed row's attention knows them, and the feed-forward
+        block, where it has a common name, gets a shorter row.
         """
         model = bare_model(self.model)
         layers = model.config.get_text_config(decoder=True).num_hidden_layers
@@ -1617,12 +1621,12 @@ class Scorer:
             return []
 
         def shorten(_: Any, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-            return (inputs[0][:, self.packed.row.ends.flatten()], *inputs[1:])
+            return (inputs[0].flatten(0, 1)[self.ends][None], *inputs[1:])
 
         def lengthen(_: Any, inputs: tuple[Any, ...], output: Any) -> Any:
-            row, first = self.packed.row, output[0] if isinstance(output, tuple) else output
-            whole = first.new_zeros(1, row.ids.shape[1], first.shape[-1])
-            whole[:, row.ends.flatten()] = first.view(1, -1, first.shape[-1])
+            first = output[0] if isinstance(output, tuple) else output
+            whole = first.new_zeros(*self.shape, first.shape[-1])
+            whole.flatten(0, 1)[self.ends] = first.view(-1, first.shape[-1])
             return (whole, *output[1:]) if isinstance(output, tuple) else whole
 
         (block,) = blocks
@@ -1632,7 +1636,7 @@ class Scorer:
         """The model's logits, computed as the scorer stands: autocast, or exactly in float32."""
         import torch
 
-        kind = self.model.device.type
+        kind, self.shape = self.model.device.type, inputs["input_ids"].shape
         autocast = self.setup.autocast and not self.exact
         # `full_precision` exchanges weights between calls, which inference mode does not allow.
         mode = torch.no_grad() if self.exact else torch.inference_mode()
@@ -1735,7 +1739,8 @@ class Scorer:
         device, cache = self.model.device, Prefix().cache()
         ids = torch.tensor([self.shared], device=device)
         positions = torch.arange(len(self.shared), device=device)[None]
-        self.packed.row = PackedRow([self.shared], 0, LabelTree([], [], [], [], []), device)
+        row = PackedRow([self.shared], 0, LabelTree([], [], [], [], []), device)
+        self.packed.row, self.ends = row, row.ends.flatten()
         self.forward(
             input_ids=ids,
             position_ids=positions,
@@ -1754,7 +1759,7 @@ class Scorer:
 
         tree = self.tree
         row = PackedRow(posts, self.prefix.length, tree, self.model.device)
-        self.packed.row = row
+        self.packed.row, self.ends = row, row.ends.flatten()
         logits = self.forward(
             input_ids=row.ids,
             position_ids=row.positions,
@@ -1844,6 +1849,7 @@ class Scorer:
         for line, post in enumerate(posts):
             ids[line, : len(post)] = torch.tensor(post)
             mask[line, : len(post)] = 1
+        self.ends = (torch.arange(len(posts)) * width + mask.sum(1) - 1).to(device)
         logits = self.forward(input_ids=ids.to(device), attention_mask=mask.to(device))
         return logits.float().tolist()
 
@@ -1900,6 +1906,8 @@ class Scorer:
             first = "naive"
         with self.in_float32() if self.widened else contextlib.nullcontext():
             for path in PATHS[PATHS.index(first) :]:
+                if path == "padded_ends" and self.completions:
+                    continue
                 self.use(path)
                 largest, reason = self.compare(sample, expected)
                 if largest <= TOLERANCE:

@@ -182,15 +182,24 @@ def least_work(model: Any, shared: int, lengths: list[int]) -> float:
 
 
 def score(
-    evaluate: Any, model: Any, tokenizer: Any, texts: list[str], dtype: str, whole: bool
+    evaluate: Any,
+    model: Any,
+    tokenizer: Any,
+    texts: list[str],
+    dtype: str,
+    whole: bool,
+    check: bool | None = None,
 ) -> list[float]:
-    """Margins by eval.py's scorer: all it does, or the engine alone on token ids."""
+    """Margins by eval.py's scorer: all that it does, or the texts' tokens and the engine alone.
+
+    `check` says whether the check against naive scoring is part of it; by default where all is.
+    """
     ids = tokenizer(texts, add_special_tokens=False)["input_ids"]
     labels = [tokenizer(label, add_special_tokens=False)["input_ids"] for label in LABELS]
     setup = evaluate.Setup(dtype, None, False, False)
     scorer = evaluate.Scorer(model, labels, 0, evaluate.default_budget(model), setup)
     scorer.begin(ids)
-    if whole:
+    if whole if check is None else check:
         scorer.check(ids, scorer.path)
         assert scorer.path == "packed", scorer.record
 
@@ -342,7 +351,7 @@ def bench_base(args: argparse.Namespace, evaluate: Any, name: str, prompt: str) 
     def both() -> None:
         score(evaluate, model, tokenizer, texts, "bfloat16", whole=True)
         with model.disable_adapter():
-            score(evaluate, model, tokenizer, texts, "bfloat16", whole=False)
+            score(evaluate, model, tokenizer, texts, "bfloat16", whole=True, check=False)
 
     for _ in range(args.rounds):
         one, _ = clock.time(lambda: score(evaluate, model, tokenizer, texts, "bfloat16", True))
@@ -371,9 +380,11 @@ def bench_classifier(args: argparse.Namespace, evaluate: Any, dtype: str) -> Non
         scorer = evaluate.Scorer(model, [], 0, evaluate.default_budget(model), setup)
         scorer.begin(ids)
         with contextlib.redirect_stdout(io.StringIO()):
-            return evaluate.score_posts(
+            scores = evaluate.score_posts(
                 scorer, ids, lambda row: 1.0, False, "scores", None, evaluate.World(0, 1)
             )[0]
+        scorer.use("naive")  # Leaves the model as it was.
+        return scores
 
     batch = best_batch(clock, rival, [1, 2, 4, 8, 16, 32])
     ratios, rates = [], []
@@ -401,6 +412,7 @@ def bench_vllm(args: argparse.Namespace, evaluate: Any, name: str, prompt: str) 
     and torchcodec, and with the packages of eval.py that are missing there.
     """
     os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_OMP_THREADS_BIND": "0"}
+    os.environ["VLLM_CPU_KVCACHE_SPACE"] = "1"  # GiB; by default a share of all memory.
     from vllm import LLM, SamplingParams
 
     clock, tokenizer = Clock(args.device), build_tokenizer()
@@ -417,7 +429,6 @@ def bench_vllm(args: argparse.Namespace, evaluate: Any, name: str, prompt: str) 
             enable_prefix_caching=True,
             max_model_len=1024,
             max_num_seqs=64,
-            gpu_memory_utilization=0.2,
         )
     asked = SamplingParams(max_tokens=1, temperature=0, allowed_token_ids=tokens, logprobs=2)
     prompts = [{"prompt_token_ids": one} for one in ids]

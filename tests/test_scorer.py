@@ -355,7 +355,8 @@ def test_a_path_that_is_wrong_or_raises_is_left(
 
     monkeypatch.setattr(evaluate.PackedAttention, "attend_grouped", sees_too_much)
     monkeypatch.setattr(evaluate.Scorer, "score_padded", raises)
-    for path in evaluate.PATHS[1:]:
+    paths = [path for path in evaluate.PATHS if path != "padded_ends"]
+    for path in paths[1:]:
         model = build_model("llama")
         expected = naive_scores(model, prompts, completions)
         scorer = scorer_of(evaluate, model, completions)
@@ -363,7 +364,7 @@ def test_a_path_that_is_wrong_or_raises_is_left(
         scorer.check(prompts, scorer.path)
         assert scorer.path == scorer.record["path"] == path
         left = [one["path"] for one in scorer.record["steps_down"]]
-        assert left == list(evaluate.PATHS[: evaluate.PATHS.index(path)])
+        assert left == paths[: paths.index(path)]
         assert "differ by up to" in scorer.record["steps_down"][0]["reason"]
         assert "scoring path packed is not exact here" in capsys.readouterr().out
         found = all_scores(evaluate, scorer, prompts)
@@ -632,3 +633,27 @@ def test_a_kernel_that_fails_in_the_runs_precision_is_not_used(
     assert scorer.path == "packed" and not scorer.packed.flash
     assert "flash attention is not used (RuntimeError" in capsys.readouterr().out
     assert scorer.record["largest_error_of_checked"] < evaluate.COARSE_TOLERANCE
+
+
+@pytest.mark.parametrize(("kind", "path"), [("llama", "padded_ends"), ("bert", "padded")])
+def test_a_classifier_is_scored_as_one_post_at_a_time(
+    evaluate: ModuleType, tmp_path: Any, kind: str, path: str
+) -> None:
+    import torch
+    from transformers import AutoModelForSequenceClassification
+
+    folder = tiny.save_model(tmp_path / kind, kind)
+    torch.manual_seed(5)
+    model = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=3).eval()
+    posts = made_prompts(20, shared=0)
+    with torch.inference_mode():
+        expected = [model(torch.tensor([post])).logits[0].tolist() for post in posts]
+    for budget in (1, 100, 8192):
+        scorer = scorer_of(evaluate, model, [], budget)
+        scorer.pad = model.config.pad_token_id
+        scorer.begin(posts)
+        scorer.check(posts, scorer.path)
+        assert scorer.path == path and not scorer.record["steps_down"]
+        found = all_scores(evaluate, scorer, posts)
+        assert evaluate.largest_difference(found, expected) < 1e-5
+        scorer.use("naive")
