@@ -1208,7 +1208,7 @@ def decide(probabilities: dict[str, float], task: Task, threshold: float) -> str
 # From the fastest to the plainest; each is exact where the model's code does what it seems to.
 PATHS = ("packed", "padded_with_prefix", "padded_ends", "padded", "naive")
 # Largest difference, in nats, between a path's margins and the naive ones in float32.
-TOLERANCE = 1e-3
+EXACT_WITHIN = 1e-3
 # A kernel whose margins are off by more is broken, not rounded.
 COARSE_TOLERANCE = 1.0
 # What rounding may have decided where it cannot be measured: bfloat16 errors of dense models of up
@@ -1910,11 +1910,11 @@ class Scorer:
                     continue
                 self.use(path)
                 largest, reason = self.compare(sample, expected)
-                if largest <= TOLERANCE:
+                if largest <= EXACT_WITHIN:
                     break
                 steps_down.append({"path": path, "reason": reason})
                 print(f"scoring path {path} is not exact here ({reason})", flush=True)
-        if not largest <= TOLERANCE:
+        if not largest <= EXACT_WITHIN:
             fail("the model's scores are not numbers. Try --dtype float32.", code=1)
         self.record = {
             "path": path,
@@ -1922,7 +1922,7 @@ class Scorer:
             "checked_posts": len(sample),
             "checked_in": "float32" if self.widened else "the run's precision",
             "largest_difference": largest,
-            "tolerance": TOLERANCE,
+            "tolerance": EXACT_WITHIN,
         }
         if path == "packed" and self.setup.rounded:
             # Its kernels for the run's own precision are others than those of float32.
