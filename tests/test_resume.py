@@ -626,7 +626,7 @@ def test_checkpoints_that_never_reached_the_hub_are_used(
     alice.add_fault(method="POST", path="alice/away/commit/", status=500, skip=1, times=None)
     end(train, [*run, "--hub_patience", "1s"], 1)
     ended = capsys.readouterr()
-    assert re.search(r"step 9/12 .*; checkpoint-\d+ NOT on the Hub", ended.out)
+    assert re.search(r"step \d+/12 .*; checkpoint-\d+ NOT on the Hub", ended.out)
     assert "push the adapter to alice/away; it is still in" in ended.err
     alice.clear_faults()
     train.main(run)
