@@ -2703,10 +2703,14 @@ def answer_from_files(
     pushed = pushed_files(args)
     here, there = is_whole(target, names, key), False
     if adapter and adapter.folder is None:
+        from huggingface_hub import HfApi
+
         # A report is a later commit than the adapter that it is of.
-        newest = open_repo(adapter.name, "model")
-        found = newest.fetch(*(f"eval/{name}/{file}" for file in pushed)) / "eval" / name
-        there = is_whole(found, pushed, key)
+        newest, folder = open_repo(adapter.name, "model"), f"eval/{name}"
+        with hub_errors(f"look for an earlier report in {adapter.name}"):
+            if HfApi().file_exists(newest.name, f"{folder}/{CONTRACT}", revision=newest.revision):
+                found = newest.fetch(*(f"{folder}/{file}" for file in pushed)) / folder
+                there = is_whole(found, pushed, key)
         if there and not here:
             with draft_folder(target) as draft:
                 for file in pushed:
