@@ -95,8 +95,6 @@ FILES = (
     *("predictions.csv", "performance_metrics.csv", "bias_metrics.csv", "metrics.json"),
     *("report.html", "report.md", CONTRACT),
 )
-# What is finished of an evaluation that is not: scores, and answers, which can quote their post.
-PARTIAL = ("scores", "answers")
 # What makes an adapter: weights, and how its posts become tokens.
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "*token*", "*.jinja")
 # Written where the model was asked for answers; pushed only with --log_text.
@@ -143,7 +141,7 @@ def build_parser() -> Parser:
     data.add_argument("--split", default="test")
     data.add_argument("--test_file", help="JSONL of text, label, optional id and target_groups")
     data.add_argument("--text", help="classify this one post; - reads it from stdin")
-    data.add_argument("--input", help="classify the posts of a .txt, .csv or .jsonl; - is stdin")
+    data.add_argument("--input", help="classify posts: a .txt, .csv, .jsonl, or - (lines of stdin)")
     data.add_argument("--text_column", default="text", help="of --input")
     data.add_argument("--prompt", help="prompt strategy of the dataset (the trained one)")
     data.add_argument("--max_samples", type=int, help="the first N posts of a seeded shuffle")
@@ -165,7 +163,9 @@ def build_parser() -> Parser:
         help="let the model explain the first N errors and near ties",
     )
     output = parser.add_argument_group("output")
-    output.add_argument("--eval_name", help="folder below eval/ (the split or the file's stem)")
+    output.add_argument(
+        "--eval_name", help="folder below eval/ (the split, and what is not as usual)"
+    )
     output.add_argument("--output_dir", help="(ADAPTER/eval/NAME or ./hsd-eval/REPO/NAME)")
     output.add_argument("--push", **unset, help="(if the adapter has a repo)")
     output.add_argument("--fresh", **switch, help="score again what is finished")
@@ -179,6 +179,10 @@ def build_parser() -> Parser:
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    for flag in ("--text", "--input"):
+        # An empty value unsets a flag, and without it the whole split would be evaluated.
+        if has_empty_value(flag, sys.argv[1:] if argv is None else argv):
+            fail(f"{flag} is empty. `{flag} -` reads from stdin, empty posts too.")
     args = resolve_arguments(build_parser(), argv)
     if not 0 <= args.threshold <= 1:
         fail(f"--threshold {args.threshold} is no probability.")
@@ -198,6 +202,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     if args.eval_name and not re.fullmatch(r"\w[\w.-]*", args.eval_name, re.ASCII):
         fail(f"--eval_name {args.eval_name!r}: use letters, digits, dots, dashes, underscores.")
     return args
+
+
+def has_empty_value(flag: str, words: list[str]) -> bool:
+    return f"{flag}=" in words or any(
+        word == flag and following == "" for word, following in itertools.pairwise(words)
+    )
 
 
 def check_posts_source(args: argparse.Namespace) -> None:
@@ -236,51 +246,47 @@ def main(argv: list[str] | None = None) -> None:
     pushes = check_push(args, adapter)
     dataset = open_dataset(args, contract)
     base = pick_base(args, contract)
-    name, target = name_output(args, adapter)
+    name, target = name_output(args, contract, adapter)
     key = evaluation_key(args, contract, adapter, base, dataset)
-    again = args.fresh or is_ad_hoc(args)
-    if not again and answer_from_files(args, key, adapter, name, target, pushes):
+    ad_hoc = is_ad_hoc(args)
+    if not ad_hoc and answer_from_files(args, key, adapter, name, target, pushes):
         return
     task = build_task(args, contract, dataset)
-    posts = (
-        read_ad_hoc_posts(args) if is_ad_hoc(args) else read_posts(args, contract, task, dataset)
-    )
+    posts = read_ad_hoc_posts(args) if ad_hoc else read_posts(args, contract, task, dataset)
+    training, no_training = [], ""
+    if not ad_hoc:
+        training, no_training = read_training_posts(args, task, dataset)
     config = read_base_config(base)
     device = check_device(count_parameters(config), args.allow_cpu, job_command(args, adapter))
     tokenizer = load_tokenizer(adapter or base)
     encoded, answers = encode_posts(tokenizer, task, contract, posts)
-    if not is_ad_hoc(args):
+    if not ad_hoc:
         start_on_all_gpus(device)
     setup = choose_setup(args, contract, base, config, device)
-    writes = world.rank == 0 and args.text is None
-    with draft_folder(target) if writes else contextlib.nullcontext() as draft:
-        repo = adapter.name if adapter and pushes else None
-        scores_key = hash_of([key_of_weights(adapter, base), repr(setup), encoded, answers])
-        journals = open_journals(args, scores_key, repo, name, target, world)
-        model = load_model(args, task, base, config, adapter, tokenizer, setup, device)
-        scorer = build_scorer(args, model, tokenizer, answers, encoded, setup, world)
-        record = decide_posts(args, task, scorer, tokenizer, posts, encoded, journals, world)
-        if world.rank:
-            return
-        if is_ad_hoc(args):
-            show_posts(args, task, posts, draft, target)
-        else:
-            training, no_training = read_training_posts(args, task, dataset)
-            metrics = build_metrics(args, task, posts, training, no_training)
-            record |= build_record(args, contract, [adapter, base, dataset], task, metrics)
-            record |= {"name": name, "key": key, "device": device_name(device)}
-            record |= {"dtype": setup.dtype, "world_size": world.size}
-            write_files(draft, args, task, posts, metrics, record)
-            publish_draft(draft, target, output_files(args))
-        for journal in journals:
-            journal.file.unlink(missing_ok=True)
-    if is_ad_hoc(args):
+    scores_key = hash_of([key_of_weights(adapter, base), repr(setup), encoded, answers])
+    repo = adapter.name if adapter and pushes else None
+    journals = open_journals(args, scores_key, repo, name, target, world)
+    model = load_model(args, task, base, config, adapter, tokenizer, setup, device)
+    scorer = build_scorer(args, model, tokenizer, answers, encoded, setup, world)
+    record = decide_posts(args, task, scorer, tokenizer, posts, encoded, journals, world)
+    if world.rank:
         return
+    if ad_hoc:
+        show_posts(args, task, posts, target)
+        return
+    metrics = build_metrics(args, task, posts, training, no_training)
+    record |= build_record(args, contract, [adapter, base, dataset], task, metrics)
+    record |= {"name": name, "key": key, "device": device_name(device)}
+    record |= {"dtype": setup.dtype, "world_size": world.size}
+    with draft_folder(target) as draft:
+        write_files(draft, args, task, posts, metrics, record)
+        publish_draft(draft, target, output_files(args))
+    scores, written = journals
+    written.file.unlink(missing_ok=True)
     print_summary(metrics)
     print(f"report: {target / 'report.html'}", flush=True)
     if adapter and pushes:
-        partial = [journal.repo[1] for journal in journals if journal.repo]
-        push_files(args, adapter, name, target, partial)
+        push_files(args, adapter, name, target, scores.file)
 
 
 # --- what is scored --------------------------------------------------------------------------
@@ -476,6 +482,7 @@ def read_posts(
     counts = Counter(post["label"] for post in posts)
     listed = ", ".join(f"{counts[label]} {label}" for label in task.labels)
     print(f"{len(posts)} posts of {origin}: {listed}", flush=True)
+    say_what_is_odd(posts)
     return posts
 
 
@@ -498,7 +505,18 @@ def read_ad_hoc_posts(args: argparse.Namespace) -> list[dict[str, Any]]:
         fail(f"{args.input} holds no posts.")
     check_posts(posts, "--text" if args.text is not None else f"--input {args.input}")
     print(f"{len(posts)} posts to classify", flush=True)
+    say_what_is_odd(posts)
     return posts
+
+
+def say_what_is_odd(posts: list[dict[str, Any]]) -> None:
+    """Say how many posts are empty, and how many share their id with another one."""
+    empty = sum(not post["text"].strip() for post in posts)
+    repeated = len(posts) - len({post["id"] for post in posts})
+    if empty:
+        print(f"{empty} of them are empty; they are scored like the others", flush=True)
+    if repeated:
+        print(f"{repeated} of them repeat an earlier id; rows keep the posts' order", flush=True)
 
 
 def read_unlabelled(file: Path, column: str) -> list[dict[str, Any]]:
@@ -516,10 +534,12 @@ def read_unlabelled(file: Path, column: str) -> list[dict[str, Any]]:
         rows: list[Any] = list(csv.DictReader(io.StringIO(content, newline="")))
         columns = list(rows[0]) if rows else []
     else:
-        try:
-            rows = [json.loads(line) for line in content.split("\n") if line.strip()]
-        except ValueError as error:
-            fail(f"--input {file} is not JSON in every line: {error}")
+        rows = []
+        for number, line in enumerate(content.split("\n"), start=1):
+            try:
+                rows += [json.loads(line)] if line.strip() else []
+            except ValueError as error:
+                fail(f"--input {file} line {number} is not JSON: {error}")
         if not all(isinstance(row, dict) for row in rows):
             fail(f"--input {file}: every line is to be an object with `{column}`.")
         columns = sorted({key for row in rows for key in row})
@@ -546,7 +566,7 @@ def split_lines(content: str) -> list[dict[str, Any]]:
 
 
 def show_posts(
-    args: argparse.Namespace, task: Task, posts: list[dict[str, Any]], draft: Any, target: Path
+    args: argparse.Namespace, task: Task, posts: list[dict[str, Any]], target: Path
 ) -> None:
     """Print what classified posts are, and keep all of a file's in predictions.csv."""
     rule = "the likeliest label" if len(task.labels) > 2 else f"threshold {args.threshold}"
@@ -557,8 +577,9 @@ def show_posts(
         print(f"{p:.4f}  {post['prediction']}  {visible(post['id'])}  {' '.join(notes)}".rstrip())
     if args.input is None:
         return
-    write_predictions(draft / "predictions.csv", task, posts, args.log_text)
-    (draft / "predictions.csv").replace(target / "predictions.csv")
+    with draft_folder(target) as draft:
+        write_predictions(draft / "predictions.csv", task, posts, args.log_text)
+        (draft / "predictions.csv").replace(target / "predictions.csv")
     more = f"{len(posts) - 20} more in " if len(posts) > 20 else ""
     print(f"{more}{target / 'predictions.csv'}", flush=True)
 
@@ -892,17 +913,22 @@ def open_journals(
 ) -> list[Journal]:
     """The first process's journals of scores and of answers; the others have none.
 
-    Answers can quote their post, so they go to the Hub only where the posts may.
+    Scores stay beside the evaluations when one ends: another threshold or --with_base needs the
+    same. Answers can quote their post, so they go to the Hub only where the posts may.
     """
     if world.rank or is_ad_hoc(args):
         return []
-    journals = []
-    for kind in PARTIAL:
-        file = f"{kind}.partial-{key[:8]}.jsonl"
-        may_go = repo and (kind == "scores" or args.log_text)
-        place = (repo, f"eval/{name}/{file}") if may_go else None
-        journals.append(Journal(target / file, key, place, args.save_minutes))
-        journals[-1].load(args.fresh)
+    with draft_folder(target):
+        pass  # Whether there is room to write is known before anything is scored.
+    scores, answers = f"scores-{key[:8]}.jsonl", f"answers.partial-{key[:8]}.jsonl"
+    beside = target if args.output_dir else target.parent
+    places = (
+        (beside / scores, (repo, f"eval/{scores}") if repo else None),
+        (target / answers, (repo, f"eval/{name}/{answers}") if repo and args.log_text else None),
+    )
+    journals = [Journal(file, key, place, args.save_minutes) for file, place in places]
+    for journal in journals:
+        journal.load(args.fresh)
     return journals
 
 
@@ -2620,23 +2646,56 @@ def write_files(
     write_json(folder / CONTRACT, record)
 
 
-def name_output(args: argparse.Namespace, adapter: Repo | None) -> tuple[str, Path]:
-    """The evaluation's name and its folder here."""
-    name = args.eval_name or args.split
-    if not args.eval_name:
-        if args.test_file:
-            name = Path(args.test_file).stem
-        elif args.input:
-            name = "input-stdin" if args.input == "-" else f"input-{Path(args.input).stem}"
-        name = re.sub(r"[^\w.-]+", "-", name, flags=re.ASCII).strip(".-") or "posts"
-        name += "-base" if args.base_only else ""
-        name += "-generate" if args.mode == "generate" else ""
+def name_output(
+    args: argparse.Namespace, contract: dict[str, Any], adapter: Repo | None
+) -> tuple[str, Path]:
+    """The evaluation's name and its folder here.
+
+    The default name says what is not as usual, so that a variant never takes another one's place.
+    """
+    name = args.eval_name
+    if not name:
+        words = [*name_posts(args, contract), *name_variant(args, contract)]
+        name = re.sub(r"[^\w.-]+", "-", "-".join(words), flags=re.ASCII).strip(".-") or "posts"
     if args.output_dir:
         return name, Path(args.output_dir).expanduser().resolve()
     if adapter and adapter.folder:
         return name, adapter.folder / "eval" / name
     subject = adapter.name if adapter else args.model_name_or_path
     return name, Path("hsd-eval", Path(subject.partition("@")[0]).name, name).resolve()
+
+
+def name_posts(args: argparse.Namespace, contract: dict[str, Any]) -> list[str]:
+    """What is scored, as words of a name: the split, a file, or another dataset's split."""
+    if args.test_file:
+        return ["file", Path(args.test_file).stem]
+    if args.input:
+        return ["input", "stdin" if args.input == "-" else Path(args.input).name]
+    trained = (contract.get("dataset") or {}).get("repo")
+    other = args.dataset_repo and Path(args.dataset_repo.partition("@")[0]).name
+    if other and other != (trained and Path(trained).name):
+        return [other, args.split]
+    return [args.split]
+
+
+def name_variant(args: argparse.Namespace, contract: dict[str, Any]) -> list[str]:
+    """How it is scored, where that is not as usual."""
+    asked = (contract.get("prompt") or {}).get("name")
+    four = {None: "", True: "4bit", False: "not_4bit"}[args.load_in_4bit]
+    words = {
+        "base": args.base_only,
+        "generate": args.mode == "generate",
+        "with_base": args.with_base,
+        f"rationales{args.rationales}": args.rationales,
+        str(args.prompt): args.prompt not in (None, asked),
+        f"first{args.max_samples}": args.max_samples,
+        f"seed{args.seed}": args.max_samples and args.seed != 42,
+        f"threshold{args.threshold}": args.threshold != 0.5,
+        f"length{args.max_length}": args.max_length,
+        args.dtype: args.dtype != "auto",
+        four: four,
+    }
+    return [word for word, said in words.items() if said]
 
 
 def fingerprint(repo: Repo) -> Any:
@@ -2699,6 +2758,8 @@ def answer_from_files(
     pushes: bool,
 ) -> bool:
     """Answer from the files of the same evaluation, here or on the Hub, where it is finished."""
+    if args.fresh:
+        return False
     names = output_files(args)
     pushed = pushed_files(args)
     here, there = is_whole(target, names, key), False
@@ -2717,12 +2778,14 @@ def answer_from_files(
                     (draft / file).write_bytes((found / file).read_bytes())
                 publish_draft(draft, target, pushed)
     if not here and not there:
+        if (target / CONTRACT).is_file():
+            print(f"replaces an earlier evaluation in {target}", flush=True)
         return False
     print(f"finished already, from {target if here else 'the Hub'}; --fresh scores again")
     print_summary(json.loads((target / "metrics.json").read_text(encoding="utf-8")))
     print(f"report: {target / 'report.html'}", flush=True)
     if pushes and not there:
-        push_files(args, adapter, name, target, [])
+        push_files(args, adapter, name, target, None)
     return True
 
 
@@ -2760,27 +2823,34 @@ def draft_folder(target: Path) -> Iterator[Path]:
 
 def publish_draft(draft: Path, target: Path, names: tuple[str, ...]) -> None:
     """Move the files into the target; one with a contract.json holds a whole report."""
-    (target / CONTRACT).unlink(missing_ok=True)
+    for name in {CONTRACT, ANSWERS} - ({ANSWERS} & {*names}):
+        (target / name).unlink(missing_ok=True)
     for name in names:
         (draft / name).replace(target / name)
 
 
 def push_files(
-    args: argparse.Namespace, adapter: Repo, name: str, folder: Path, partial: list[str]
+    args: argparse.Namespace, adapter: Repo, name: str, folder: Path, scores: Path | None
 ) -> None:
-    """Commit the evaluation's files to eval/NAME/ of the adapter repo, all at once.
+    """Commit the evaluation's files to eval/NAME/ of the adapter repo, and its scores beside it.
 
-    The same commit removes `partial`: what was kept there while it was unfinished.
+    The same commit removes the answers of an earlier or unfinished evaluation of the same name.
     """
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
+    names = {f"eval/{name}/{file}": folder / file for file in pushed_files(args)}
+    if scores:
+        names[f"eval/{scores.name}"] = scores
     operations: list[Any] = [
-        CommitOperationAdd(path_in_repo=f"eval/{name}/{file}", path_or_fileobj=folder / file)
-        for file in pushed_files(args)
+        CommitOperationAdd(path_in_repo=path, path_or_fileobj=file) for path, file in names.items()
     ]
     with hub_errors(f"push the report in {folder} to {adapter.name}"):
-        there = HfApi().get_paths_info(adapter.name, partial)
-        operations += [CommitOperationDelete(path_in_repo=item.path) for item in there]
+        stale = [
+            file
+            for file in HfApi().list_repo_files(adapter.name)
+            if file.startswith(f"eval/{name}/answers.") and file not in names
+        ]
+        operations += [CommitOperationDelete(path_in_repo=file) for file in stale]
         made = commit(adapter.name, "model", operations, f"Evaluate: {name}")
     print(f"pushed: {adapter.name}@{made} eval/{name}/", flush=True)
 

@@ -637,8 +637,8 @@ def test_scores_are_those_of_the_adapter_on_its_prompt(
             likelihood.append(sum(scores[at - 1, ids[at]].item() for at in range(start, len(ids))))
         return 1 / (1 + math.exp(likelihood[0] - likelihood[1]))
 
-    adapted = read_csv(folder / "test" / "predictions.csv")
-    based = read_csv(folder / "test-base" / "predictions.csv")
+    adapted = read_csv(folder / "test-length400" / "predictions.csv")
+    based = read_csv(folder / "test-base-length400" / "predictions.csv")
     for number in range(5):
         text = rows[80 + number]["text"]
         assert float(adapted[number]["p_hate"]) == pytest.approx(p_hate(text), abs=1e-5)
@@ -691,7 +691,7 @@ def test_a_test_file_of_hostile_text_makes_an_inert_report(
     assert set(HOSTILE) <= set(metrics["strategies"][0]["groups"])
     assert metrics["strategies"][-1]["reason"] == "there is no dataset with a train split"
     record = json.loads((tmp_path / "out" / "contract.json").read_text(encoding="utf-8"))
-    assert record["name"] == "odd-name" and record["test_file"]["file"] == "odd name.jsonl"
+    assert record["name"] == "file-odd-name" and record["test_file"]["file"] == "odd name.jsonl"
 
 
 def test_other_files_of_the_output_folder_stay(
@@ -704,7 +704,9 @@ def test_other_files_of_the_output_folder_stay(
     evaluate_folder(evaluate, adapters, bases, "causal", *argv, "--seed", 2)
     second = [post["id"] for post in read_csv(tmp_path / "predictions.csv")]
     assert len(first) == len(second) == 7 and first != second
-    assert {file.name for file in tmp_path.iterdir()} == {*evaluate.FILES, "notes.txt"}
+    files = {file.name for file in tmp_path.iterdir()} - {*evaluate.FILES, "notes.txt"}
+    assert (tmp_path / "notes.txt").is_file() and len(files) == 2
+    assert all(name.startswith("scores-") for name in files)
 
 
 def test_long_posts_are_cut_and_counted(
@@ -742,7 +744,7 @@ def test_a_base_model_is_scored_without_any_adapter(
     file = tiny.write_jsonl(tmp_path / "posts.jsonl", tiny.post_rows()[:6])
     evaluate.main([str(word) for word in (*words, "--test_file", file)])
     record = json.loads((out / "contract.json").read_text(encoding="utf-8"))
-    assert (record["prompt"]["name"], record["name"]) == ("instruction", "posts-base")
+    assert (record["prompt"]["name"], record["name"]) == ("instruction", "file-posts-base")
     assert "{labels}" not in record["prompt"]["user"]
     capsys.readouterr()
     words += ["--test_file", file, "--prompt", "simple"]
@@ -816,7 +818,8 @@ def test_a_hub_adapter_gets_its_report_in_one_commit(
     printed = capsys.readouterr().out
     assert f"pushed: {published}@{commits[0].commit_id} eval/test/" in printed
     files = [file for file in api.list_repo_files(published) if file.startswith("eval/")]
-    assert sorted(files) == sorted(f"eval/test/{name}" for name in evaluate.FILES)
+    (kept,) = set(files) - {f"eval/test/{name}" for name in evaluate.FILES}
+    assert kept.startswith("eval/scores-") and len(files) == len(evaluate.FILES) + 1
     local = tmp_path / "hsd-eval" / "eval-lora" / "test"
     for name in evaluate.FILES:
         pushed = api.hf_hub_download(published, f"eval/test/{name}", local_dir=tmp_path / "pulled")
@@ -948,6 +951,8 @@ def test_a_bad_test_file_is_refused(
         (["--with_base", "--base_only", "--adapter", "a/b"], "Leave one out"),
         (["--max_new_tokens", "0"], "not positive"),
         (["--save_minutes", "nan"], "cannot be negative"),
+        (["--text", "", "--adapter", "a/b"], "--text is empty. `--text -` reads from stdin"),
+        (["--input=", "--adapter", "a/b"], "--input is empty"),
         (["--rationales", "-1"], "cannot be negative"),
         (["--mode", "write"], "invalid choice"),
     ],
@@ -1071,7 +1076,8 @@ def test_a_killed_evaluation_goes_on_to_the_same_bytes(
             stop_after(patch, evaluate, rows)
             with pytest.raises(Stop):
                 evaluate_folder(evaluate, adapters, bases, "causal", *argv)
-        assert [file.name for file in (tmp_path / "killed").iterdir() if "partial" in file.name]
+        assert list((tmp_path / "killed").glob("scores-*.jsonl"))
+        assert not list((tmp_path / "killed").glob(".draft-*"))
     capsys.readouterr()
     with monkeypatch.context() as patch:
         seen = stop_after(patch, evaluate, 1000)
@@ -1080,7 +1086,9 @@ def test_a_killed_evaluation_goes_on_to_the_same_bytes(
     assert "finished scores of an earlier start" in printed
     assert 0 < sum(seen) < 80
     assert (tmp_path / "killed" / "predictions.csv").read_bytes() == whole
-    assert {file.name for file in (tmp_path / "killed").iterdir()} == set(evaluate.FILES)
+    files = {file.name for file in (tmp_path / "killed").iterdir()}
+    (kept,) = files - set(evaluate.FILES)
+    assert kept.startswith("scores-") and len(files) == len(evaluate.FILES) + 1
     header = next(iter(read_csv(tmp_path / "whole" / "predictions.csv")))
     assert {"base_prediction", "base_p_hate", "near_tie"} <= set(header)
 
@@ -1122,8 +1130,11 @@ def test_another_machine_goes_on_and_answers_from_the_hub(
     from huggingface_hub import HfApi
 
     api = HfApi(endpoint=alice.endpoint, token=alice.token)
+    # Other posts than those of the other tests: their scores are kept in the same repo.
     argv = ["--adapter", published, "--eval_name", "moved", "--save_minutes", "0"]
+    argv += ["--max_samples", "37"]
     argv += ["--tokens_per_batch", "200"]
+    known = set(api.list_repo_files(published))
     machines = [tmp_path / name for name in ("first", "second", "third")]
     for folder in machines:
         folder.mkdir()
@@ -1136,9 +1147,10 @@ def test_another_machine_goes_on_and_answers_from_the_hub(
             evaluate.main(argv)
     alice.clear_faults()
     assert "not on the Hub, only here" in capsys.readouterr().out
-    (partial,) = [file for file in api.list_repo_files(published) if "partial" in file]
-    assert partial.startswith("eval/moved/scores.partial-")
-    pushed = Path(api.hf_hub_download(published, partial, local_dir=tmp_path)).read_text()
+    before = set(api.list_repo_files(published)) - known
+    (kept,) = before
+    assert kept.startswith("eval/scores-")
+    pushed = Path(api.hf_hub_download(published, kept, local_dir=tmp_path)).read_text()
     assert "neighbour" not in pushed and pushed.count("\n") == 7
     monkeypatch.chdir(machines[1])
     with monkeypatch.context() as patch:
@@ -1146,7 +1158,7 @@ def test_another_machine_goes_on_and_answers_from_the_hub(
         evaluate.main(argv)
     assert "going on with" in capsys.readouterr().out
     files = api.list_repo_files(published)
-    assert partial not in files and f"eval/moved/{evaluate.CONTRACT}" in files
+    assert {kept, f"eval/moved/{evaluate.CONTRACT}"} <= set(files)
     monkeypatch.chdir(machines[2])
     forbid_model(monkeypatch, evaluate)
     evaluate.main(argv)
@@ -1325,7 +1337,7 @@ def test_a_classifier_takes_posts_without_labels_and_empty_ones(
         ("posts.csv", "body\nx\n", "row 1 has no 'text'. There are: body. Name the column"),
         ("posts.jsonl", '{"text": 5}\n', "needs a `text`"),
         ("posts.jsonl", "[1]\n", "every line is to be an object"),
-        ("posts.jsonl", "text\n", "not JSON in every line"),
+        ("posts.jsonl", '{"text": "a"}\n{bad\n', "line 2 is not JSON"),
         ("posts.txt", b"\xff\xfe\n", "is not UTF-8"),
         ("posts.txt", "", "holds no posts"),
         ("posts.xls", "x", "is no .txt, .csv or .jsonl"),
@@ -1370,7 +1382,8 @@ def test_several_processes_give_the_bytes_of_one(
     assert one.read_bytes() == two.read_bytes()
     record = json.loads((tmp_path / "two" / "contract.json").read_text(encoding="utf-8"))
     assert record["world_size"] == 2 and record["scoring"]["scores"]["rescored"] > 0
-    assert not [file for file in two.parent.iterdir() if "partial" in file.name]
+    names = [{file.name for file in path.parent.iterdir()} for path in (one, two)]
+    assert names[0] == names[1] and len(names[0]) == len(evaluate.FILES) + 1
 
 
 def test_several_gpus_start_a_process_each(
@@ -1424,3 +1437,92 @@ def test_a_base_is_quantised_as_it_was_trained(
         with pytest.raises(SystemExit) as end:
             setup(*words, contract={}, config=config)
         assert end.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_no_variant_takes_the_place_of_another(
+    evaluate: ModuleType, adapters: Path, bases: Path, dataset: Path, tmp_path: Path
+) -> None:
+    contract = json.loads((adapters / "causal" / "contract.json").read_text(encoding="utf-8"))
+    adapter = evaluate.Repo("./a", "model", None, tmp_path)
+    found = {}
+    for words in (
+        [],
+        ["--threshold", "0.4"],
+        ["--max_samples", "5"],
+        ["--max_samples", "5", "--seed", "1"],
+        ["--with_base"],
+        ["--with_base", "--rationales", "3"],
+        ["--mode", "generate"],
+        ["--base_only"],
+        ["--prompt", "short"],
+        ["--max_length", "64"],
+        ["--dtype", "bfloat16"],
+        ["--load_in_4bit", "false"],
+        ["--split", "validation"],
+        ["--dataset_repo", "someone/hatecheck"],
+        ["--test_file", "test.jsonl"],
+        ["--input", "test.csv"],
+        ["--input", "test.jsonl"],
+        ["--input", "-"],
+    ):
+        name, target = evaluate.name_output(
+            evaluate.parse_args(["--adapter", "./a", *words]), contract, adapter
+        )
+        assert target == tmp_path / "eval" / name
+        found[name] = words
+    assert len(found) == 18
+    assert found["test"] == [] and found["hatecheck-test"] and found["test-threshold0.4"]
+    own = ["--dataset_repo", str(dataset), "--prompt", "simple"]
+    assert evaluate.name_output(evaluate.parse_args(own), contract, adapter)[0] == "test"
+
+
+def test_kept_scores_serve_another_threshold_and_the_base(
+    evaluate: ModuleType,
+    adapters: Path,
+    bases: Path,
+    dataset: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    shutil.copytree(adapters / "causal", tmp_path / "lora", ignore=shutil.ignore_patterns("eval"))
+    seen = stop_after(monkeypatch, evaluate, 1000)
+    argv = ["--dataset_repo", dataset, "--tokens_per_batch", 200]
+    folder = evaluate_folder(evaluate, tmp_path, bases, "lora", *argv)
+    first = sum(seen)
+    plain = (folder / "test" / "predictions.csv").read_bytes()
+    seen.clear()
+    evaluate_folder(evaluate, tmp_path, bases, "lora", *argv, "--threshold", 0.4)
+    assert not seen
+    evaluate_folder(evaluate, tmp_path, bases, "lora", *argv, "--with_base")
+    assert sum(seen) == first
+    assert (folder / "test" / "predictions.csv").read_bytes() == plain
+    names = {path.name for path in folder.iterdir()}
+    (kept,) = names - {"test", "test-threshold0.4", "test-with_base"}
+    assert kept.startswith("scores-")
+    score = [read_csv(folder / name / "predictions.csv") for name in sorted(names - {kept})]
+    assert len({tuple(post["p_hate"] for post in posts) for posts in score}) == 1
+
+
+def test_answers_of_an_earlier_report_go_with_it(
+    evaluate: ModuleType, adapters: Path, bases: Path, dataset: Path, tmp_path: Path
+) -> None:
+    argv = ["--dataset_repo", dataset, "--output_dir", tmp_path]
+    asked = ["--rationales", "2", "--max_new_tokens", "2"]
+    evaluate_folder(evaluate, adapters, bases, "causal", *argv, *asked)
+    assert (tmp_path / "answers.jsonl").is_file()
+    evaluate_folder(evaluate, adapters, bases, "causal", *argv)
+    assert not (tmp_path / "answers.jsonl").exists()
+
+
+def test_empty_posts_and_repeated_ids_are_said(
+    evaluate: ModuleType, adapters: Path, bases: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    rows = [
+        {"id": "a", "text": text, "label": number % 2} for number, text in enumerate(["x", " "])
+    ]
+    file = tiny.write_jsonl(tmp_path / "posts.jsonl", rows)
+    for flag in ("--test_file", "--input"):
+        argv = [flag, file, "--output_dir", tmp_path / flag.strip("-")]
+        evaluate_folder(evaluate, adapters, bases, "causal", *argv)
+        printed = capsys.readouterr().out
+        assert "1 of them are empty" in printed and "1 of them repeat an earlier id" in printed
