@@ -263,7 +263,8 @@ def main(argv: list[str] | None = None) -> None:
     if not ad_hoc:
         start_on_all_gpus(device)
     setup = choose_setup(args, contract, base, config, device)
-    scores_key = hash_of([key_of_weights(adapter, base), repr(setup), encoded, answers])
+    scored = None if args.base_only else adapter
+    scores_key = hash_of([key_of_weights(scored, base), repr(setup), encoded, answers])
     repo = adapter.name if adapter and pushes else None
     journals = open_journals(args, scores_key, repo, name, target, world)
     model = load_model(args, task, base, config, adapter, tokenizer, setup, device)
