@@ -1952,12 +1952,28 @@ class Scorer:
             "tolerance": EXACT_WITHIN,
         }
         if path == "packed" and self.setup.rounded:
-            # Its kernels for the run's own precision are others than those of float32.
-            coarse, reason = self.compare(sample, expected)
-            self.packed.flash = coarse <= COARSE_TOLERANCE
-            if not self.packed.flash:
-                print(f"flash attention is not used ({reason})", flush=True)
-            self.record["largest_error_of_checked"] = self.compare(sample, expected)[0]
+            self.check_kernels(posts, sample, expected)
+
+    def check_kernels(
+        self, posts: list[list[int]], sample: list[list[int]], expected: list[list[float]]
+    ) -> None:
+        """Score the sample in the run's own precision, whose kernels are others than float32's.
+
+        Flash attention that fails, or is off by more than rounding, is not used; where packed rows
+        fail without it, the next path takes over.
+        """
+        error, reason = self.compare(sample, expected)
+        if error > COARSE_TOLERANCE and "flash" in self.packed.kernels:
+            print(f"flash attention is not used ({reason})", flush=True)
+            self.packed.flash = False
+            self.packed.kernels.clear()
+            error, reason = self.compare(sample, expected)
+        if error == math.inf:
+            print(f"scoring path packed is not exact here ({reason})", flush=True)
+            self.check(posts, PATHS[1])
+            self.record["steps_down"].insert(0, {"path": "packed", "reason": reason})
+        else:
+            self.record["error_in_own_precision"] = error
 
     def score_by_definition(self, sample: list[list[int]]) -> list[list[float]]:
         """Naive scores, in float32 unless the model's code cannot compute in it."""

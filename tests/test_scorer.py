@@ -615,24 +615,31 @@ def test_written_answers_are_those_of_single_prompts(evaluate: ModuleType, kind:
     }
 
 
+@pytest.mark.parametrize("fails", ["flash", "all"])
 def test_a_kernel_that_fails_in_the_runs_precision_is_not_used(
-    evaluate: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+    evaluate: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, fails: str
 ) -> None:
     prompts, completions = made_prompts(12, shared=21), LABELS["one token"]
     grouped = evaluate.PackedAttention.attend_grouped
 
-    def fails(self: Any, layer: Any, query: Any, key: Any, value: Any, *rest: Any) -> Any:
-        if self.flash and str(value.dtype) == "torch.bfloat16":
+    def attend(self: Any, layer: Any, query: Any, key: Any, value: Any, *rest: Any) -> Any:
+        if str(value.dtype) == "torch.bfloat16" and (self.flash or fails == "all"):
+            self.kernels.add("flash")
             raise RuntimeError("FlashAttention only supports Ampere GPUs or newer.")
         return grouped(self, layer, query, key, value, *rest)
 
-    monkeypatch.setattr(evaluate.PackedAttention, "attend_grouped", fails)
+    monkeypatch.setattr(evaluate.PackedAttention, "attend_grouped", attend)
     scorer = scorer_of(evaluate, build_model("llama", "bfloat16"), completions, dtype="bfloat16")
     scorer.begin(prompts)
     scorer.check(prompts, scorer.path)
-    assert scorer.path == "packed" and not scorer.packed.flash
+    assert not scorer.packed.flash
     assert "flash attention is not used (RuntimeError" in capsys.readouterr().out
-    assert scorer.record["largest_error_of_checked"] < evaluate.COARSE_TOLERANCE
+    if fails == "flash":
+        assert scorer.path == "packed" and scorer.attention() == "packed: grouped"
+        assert scorer.record["error_in_own_precision"] < evaluate.COARSE_TOLERANCE
+    else:
+        assert scorer.path == scorer.record["path"] == "padded_with_prefix"
+        assert [one["path"] for one in scorer.record["steps_down"]] == ["packed"]
 
 
 @pytest.mark.parametrize(("kind", "path"), [("llama", "padded_ends"), ("bert", "padded")])
