@@ -7,6 +7,7 @@
 #     "huggingface-hub==2.4.0",
 #     "jinja2==3.1.6",
 #     "peft==0.21.2",
+#     "pyarrow==26.0.1",
 #     "scikit-learn==1.9.1",
 #     "scipy==1.17.1",
 #     "torch==2.13.0",
@@ -42,6 +43,7 @@ posts that have no labels.
 from __future__ import annotations
 
 import argparse
+import ast
 import contextlib
 import csv
 import difflib
@@ -275,7 +277,8 @@ def main(argv: list[str] | None = None) -> None:
     if ad_hoc:
         show_posts(args, task, posts, target)
         return
-    metrics = build_metrics(args, task, posts, training, no_training)
+    strategies = answer_strategies(args, task, posts, training, no_training)
+    metrics = build_metrics(args, task, posts, strategies)
     record |= build_record(args, contract, [adapter, base, dataset], task, metrics)
     record |= {"name": name, "key": key, "device": device_name(device)}
     record |= {"dtype": setup.dtype, "world_size": world.size}
@@ -2255,6 +2258,330 @@ def answer_posts(
     }
 
 
+# --- statistics ------------------------------------------------------------------------------
+
+RESAMPLES = 10_000
+# With fewer posts than this below the line a rate is counted, but nothing is concluded from it.
+MIN_DENOMINATOR = 20
+# Up to so many posts each is resampled by itself; of more, those alike are drawn together.
+MOST_CELLS = 2000
+SCORE_LEVELS = 64
+# The two-sided 95 % point of the normal distribution.
+NORMAL_95 = 1.959963984540054
+
+
+def wilson(part: int, whole: int) -> tuple[float, float]:
+    """The 95 % score interval of a rate (Wilson 1927); `whole` is at least 1."""
+    z = NORMAL_95
+    middle = (part + z * z / 2) / (whole + z * z)
+    half = z * math.sqrt(part * (whole - part) / whole + z * z / 4) / (whole + z * z)
+    return (0.0 if part == 0 else middle - half, 1.0 if part == whole else middle + half)
+
+
+def share(part: int, whole: int, empty: str) -> dict[str, Any]:
+    """A rate with its count and 95 % Wilson interval; null with the reason `empty` for 0 of 0."""
+    if whole == 0:
+        return {"value": None, "n": 0, "low": None, "high": None, "reason": empty}
+    low, high = wilson(int(part), int(whole))
+    return {"value": part / whole, "n": int(whole), "low": low, "high": high, "reason": None}
+
+
+def number(value: float | None, n: int, reason: str) -> dict[str, Any]:
+    """A figure without interval as yet; null with a reason where undefined."""
+    undefined = value is None or math.isnan(value)
+    return {
+        "value": None if undefined else float(value),
+        "n": n,
+        "low": None,
+        "high": None,
+        "reason": reason if undefined else None,
+    }
+
+
+def dice(hits: int, misses: int, empty: str, n: int) -> dict[str, Any]:
+    """F1 = 2 TP / (2 TP + FP + FN) from TP and FP + FN, with a 95 % interval.
+
+    TP / (TP + FP + FN) is a rate, and F1 a rising function of it: 2 r / (1 + r). So its Wilson
+    interval gives that of F1, also where every post is decided rightly.
+    """
+    rate = share(hits, hits + misses, empty)
+    for key in ("value", "low", "high"):
+        if rate[key] is not None:
+            rate[key] = 2 * rate[key] / (1 + rate[key])
+    return rate | {"n": n}
+
+
+def count_figures(tables: Any, positive: int) -> dict[str, Any]:
+    """Figures of confusion tables, the positive label against the rest; nan where undefined.
+
+    `tables` has the shape (..., labels, labels), true label first; a figure has the shape (...).
+    A figure over labels is undefined where a label has no post. Matthews' coefficient is that of
+    several labels (Gorodkin 2004).
+    """
+    import numpy as np
+
+    tables = np.asarray(tables, dtype=np.float64)
+    total = tables.sum((-2, -1))
+    support, flagged = tables.sum(-1), tables.sum(-2)
+    hits = np.diagonal(tables, axis1=-2, axis2=-1)
+    tp = hits[..., positive]
+    fn, fp = support[..., positive] - tp, flagged[..., positive] - tp
+    tn = total - tp - fn - fp
+    with np.errstate(divide="ignore", invalid="ignore"):
+        recalls = hits / support
+        # A label without posts and without answers has no F1, and no weight either.
+        f1 = 2 * hits / (support + flagged)
+        spread = np.sqrt(total**2 - (flagged**2).sum(-1)) * np.sqrt(total**2 - (support**2).sum(-1))
+        return {
+            "accuracy": hits.sum(-1) / total,
+            "balanced_accuracy": recalls.mean(-1),
+            "precision": tp / (tp + fp),
+            "recall": tp / (tp + fn),
+            "false_positive_rate": fp / (fp + tn),
+            "false_negative_rate": fn / (fn + tp),
+            "flag_rate": (tp + fp) / total,
+            "f1": 2 * tp / (2 * tp + fp + fn),
+            "f1_macro": np.where((support > 0).all(-1), f1.mean(-1), np.nan),
+            "f1_weighted": np.where(support > 0, f1 * support, 0).sum(-1) / total,
+            "mcc": (hits.sum(-1) * total - (support * flagged).sum(-1)) / spread,
+        }
+
+
+@dataclass(frozen=True)
+class Cells:
+    """Posts that are alike, counted: what is resampled.
+
+    `of` (n,) is each post's cell, `first` (cells,) a post of each, `counts` (cells,) their posts.
+    """
+
+    of: Any
+    first: Any
+    counts: Any
+
+
+def build_cells(*columns: Any) -> Cells:
+    """Count posts that are equal in all columns, each of shape (n,) or (n, k)."""
+    import numpy as np
+
+    rows = np.column_stack([np.asarray(column, dtype=np.int64) for column in columns])
+    _, first, of, counts = np.unique(
+        rows, axis=0, return_index=True, return_inverse=True, return_counts=True
+    )
+    return Cells(of.reshape(-1), first, counts)
+
+
+def single_cells(n: int) -> Cells:
+    """Every post by itself."""
+    import numpy as np
+
+    return Cells(np.arange(n), np.arange(n), np.ones(n, dtype=np.int64))
+
+
+def intervals(
+    statistic: Callable[[Any], dict[Any, Any]], counts: Any, seed: int, resamples: int = RESAMPLES
+) -> dict[Any, dict[str, Any]]:
+    """BCa bootstrap intervals (Efron 1987) of everything that `statistic` computes.
+
+    `statistic` takes cell counts of shape (r, cells) and returns figures of shape (r,) by name.
+    Posts are drawn with replacement, which makes the cells' counts multinomial; all figures come
+    from the same draws, so a difference of two is a paired one. Returns for each name `value`,
+    `low` and `high`, None where undefined; an interval is None where less than nine tenths of the
+    draws have the figure, or where they all agree and say nothing of how far it could move.
+    """
+    import numpy as np
+
+    counts = np.asarray(counts)
+    n = int(counts.sum())
+    if n == 0:
+        return {}
+    draws = np.random.default_rng(seed).multinomial(n, counts / n, size=resamples)
+    without_one = counts - np.eye(len(counts), dtype=np.int64)
+
+    def compute(rows: Any) -> dict[Any, Any]:
+        parts = [
+            statistic(rows[start : start + 1000].astype(np.float32))
+            for start in range(0, len(rows), 1000)
+        ]
+        return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+    point = compute(counts[None])
+    if not point:
+        return {}
+    names = list(point)
+    drawn, left = compute(draws), compute(without_one)
+    low, high = bca(
+        np.array([point[name][0] for name in names]),
+        np.stack([drawn[name] for name in names], axis=1),
+        np.stack([left[name] for name in names], axis=1),
+        counts,
+    )
+    found = {}
+    for index, name in enumerate(names):
+        values = (point[name][0], low[index], high[index])
+        found[name] = {
+            key: None if math.isnan(value) else float(value)
+            for key, value in zip(("value", "low", "high"), values, strict=True)
+        }
+    return found
+
+
+def bca(point: Any, drawn: Any, without_one: Any, counts: Any) -> tuple[Any, Any]:
+    """The ends of 95 % BCa intervals; nan where there is none.
+
+    Shapes: `point` (k,), `drawn` (resamples, k), `without_one` (cells, k): the figure without one
+    post of that cell, of which there are `counts`.
+    """
+    import numpy as np
+    from scipy.special import ndtr, ndtri
+
+    drawn = np.sort(drawn, axis=0)  # nan goes last
+    valid = np.isfinite(drawn).sum(0)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        below = ((drawn < point).sum(0) + (drawn == point).sum(0) / 2) / valid
+        edge = 1 / (2 * len(drawn))
+        bias = ndtri(np.clip(below, edge, 1 - edge))
+        weights = np.where(np.isfinite(without_one), counts[:, None], 0)
+        values = np.nan_to_num(without_one)
+        away = np.where(weights > 0, (weights * values).sum(0) / weights.sum(0) - values, 0)
+        size = (weights * away**2).sum(0)
+        skew = np.where(size > 0, (weights * away**3).sum(0) / (6 * size**1.5), 0)
+        ends = []
+        for z in (-NORMAL_95, NORMAL_95):
+            place = ndtr(bias + (bias + z) / (1 - skew * (bias + z))) * (valid - 1)
+            place = np.nan_to_num(np.clip(place, 0, valid - 1))
+            under = np.floor(place).astype(np.int64)
+            over = np.minimum(under + 1, np.maximum(valid - 1, 0))
+            columns = np.arange(drawn.shape[1])
+            step = place - under
+            ends.append((1 - step) * drawn[under, columns] + step * drawn[over, columns])
+        last = drawn[np.maximum(valid - 1, 0), np.arange(drawn.shape[1])]
+        usable = (valid >= 0.9 * len(drawn)) & (last > drawn[0]) & np.isfinite(point)
+    return tuple(np.where(usable, end, np.nan) for end in ends)
+
+
+def holm(p_values: dict[Any, float]) -> dict[Any, float]:
+    """Holm's (1979) adjusted p-values: a claim at 5 % keeps all of them at 5 % together."""
+    adjusted, worst = {}, 0.0
+    for rank, (name, p) in enumerate(sorted(p_values.items(), key=lambda item: item[1])):
+        worst = max(worst, min(1.0, (len(p_values) - rank) * p))
+        adjusted[name] = worst
+    return adjusted
+
+
+def mcnemar(only_first: int, only_second: int) -> float:
+    """Exact two-sided p-value that two models are right equally often (McNemar 1947)."""
+    from scipy.stats import binomtest
+
+    discordant = only_first + only_second
+    return float(binomtest(only_first, discordant).pvalue) if discordant else 1.0
+
+
+def permute_groups(
+    wrong: Any, members: Any, compared: list[int], seed: int, resamples: int = RESAMPLES
+) -> tuple[float, list[float]]:
+    """Permutation p-values of one error rate: of its gap, and of each group against the rest.
+
+    `wrong` (n,) says which posts of one true label are decided wrongly, `members` (n, groups) who
+    is in which group. The errors are dealt anew among the posts, so that who is in which group,
+    overlaps too, stays as it is. `compared` are the groups whose largest difference is the gap.
+    The observed deal counts as one of the draws (Phipson and Smyth 2010).
+    """
+    import numpy as np
+
+    cells = build_cells(members)
+    kinds = members[cells.first].astype(np.float64)  # (cells, groups)
+    sizes = cells.counts @ kinds
+    rest = len(wrong) - sizes
+    draws = np.random.default_rng(seed).multivariate_hypergeometric(
+        cells.counts, int(wrong.sum()), size=resamples, method="marginals"
+    )
+    observed = np.bincount(cells.of, weights=wrong, minlength=len(cells.counts))
+    errors = np.vstack([observed, draws]) @ kinds  # (1 + resamples, groups)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        rates = errors / sizes
+        away = np.abs(rates - (wrong.sum() - errors) / rest)
+
+    def p_of(values: Any) -> float:
+        # Equal rates can differ in their last bit.
+        return float((values >= values[0] - 1e-9).mean())
+
+    gap = 1.0
+    if len(compared) > 1:
+        gap = p_of(rates[:, compared].max(1) - rates[:, compared].min(1))
+    return gap, [p_of(away[:, group]) for group in range(members.shape[1])]
+
+
+# --- ranking ---------------------------------------------------------------------------------
+
+
+def pair_order(high: Any, low: Any) -> Any:
+    """(len(high), len(low)): 1 where the first score is above the second, 1/2 where equal."""
+    import numpy as np
+
+    return ((high[:, None] > low) + (high[:, None] == low) / 2).astype(np.float32)
+
+
+def auc(counts: Any, scores: Any, positives: Any, negatives: Any) -> Any:
+    """Area under the ROC curve for each row of cell counts (r, cells); nan where a side is empty.
+
+    `scores` (cells,), `positives` and `negatives` are the cells of the two sides.
+    """
+    import numpy as np
+
+    first, second = counts[:, positives], counts[:, negatives]
+    order = pair_order(scores[positives], scores[negatives])
+    pairs = first.sum(1, dtype=np.float64) * second.sum(1, dtype=np.float64)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return ((first @ order) * second).sum(1, dtype=np.float64) / pairs
+
+
+def average_precision(counts: Any, scores: Any, positive: Any) -> Any:
+    """Mean precision over the positive posts, by falling score; nan without any. Shape (r,)."""
+    import numpy as np
+
+    order = np.argsort(-scores, kind="stable")
+    ranked = counts[:, order].astype(np.float64)
+    hits = np.cumsum(ranked * positive[order], axis=1)
+    taken = np.cumsum(ranked, axis=1)
+    # Equal scores are taken together.
+    last = np.flatnonzero(np.append(np.diff(scores[order]) != 0, True))
+    hits, taken = hits[:, last], taken[:, last]
+    with np.errstate(divide="ignore", invalid="ignore"):
+        precision = np.where(taken > 0, hits / taken, 0)
+        return (np.diff(hits, axis=1, prepend=0) * precision).sum(1) / hits[:, -1]
+
+
+def equal_mass_bins(scores: Any, most: int = 10) -> Any:
+    """The bin (n,) of each score: equally many posts in each, equal scores together.
+
+    There are at most 10 bins, and on average at least 15 posts in one.
+    """
+    import numpy as np
+
+    bins = max(1, min(most, len(scores) // 15))
+    edges = np.quantile(scores, np.arange(1, bins) / bins) if len(scores) else []
+    return np.searchsorted(edges, scores, side="left")
+
+
+def calibration_error(counts: Any, scores: Any, positive: Any, bins: Any) -> Any:
+    """Expected calibration error: |share of positive posts - mean score| over the bins. (r,)"""
+    import numpy as np
+
+    if not len(bins):
+        return np.full(len(counts), np.nan)
+    inside = np.eye(bins.max() + 1)[bins] * (positive - scores)[:, None]
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.abs(counts @ inside).sum(1) / counts.sum(1, dtype=np.float64)
+
+
+def power_mean(values: list[Any], power: float = -5) -> Any:
+    """The generalised mean of several groups' figures, near the worst one (Borkan et al. 2019)."""
+    import numpy as np
+
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.mean(np.stack(values) ** power, axis=0) ** (1 / power)
+
+
 # --- figures ---------------------------------------------------------------------------------
 
 
@@ -2262,85 +2589,716 @@ def answer_posts(
 class Answers:
     """One strategy's answers to all posts; without `predicted`, the reason why there are none.
 
-    `scores` are p of the positive label; None where the strategy gives labels only.
+    In `predicted` None is an answer without label. `scores` are p of the positive label; None
+    where the strategy gives labels only.
     """
 
     strategy: str
     kind: str
-    predicted: list[str] | None
+    predicted: list[str | None] | None
     scores: list[float] | None
     reason: str | None = None
 
 
-def share(part: int, whole: int, empty: str) -> dict[str, Any]:
-    """A rate with its count and 95 % Wilson interval; null with the reason `empty` for 0 of 0."""
-    from scipy.stats import binomtest
+@dataclass(frozen=True)
+class Sample:
+    """Labelled posts as arrays, and what strategies answered to them.
 
-    if whole == 0:
-        return {"value": None, "n": 0, "low": None, "high": None, "reason": empty}
-    interval = binomtest(part, whole).proportion_ci(confidence_level=0.95, method="wilson")
-    return {
-        "value": part / whole,
-        "n": whole,
-        "low": float(interval.low),
-        "high": float(interval.high),
-        "reason": None,
-    }
-
-
-def number(value: float | None, n: int, reason: str) -> dict[str, Any]:
-    """A figure that is no rate and has no interval here; null with a reason where undefined."""
-    return {
-        "value": None if value is None else float(value),
-        "n": n,
-        "low": None,
-        "high": None,
-        "reason": reason if value is None else None,
-    }
-
-
-def build_figures(
-    truth: list[str], predicted: list[str], scores: list[float] | None, task: Task
-) -> dict[str, Any]:
-    """Counts and figures of some posts, the positive label against the rest.
-
-    `scores` are p of the positive label, or None. F1 is 2 TP / (2 TP + FP + FN); macro F1 is the
-    mean over labels and undefined where a label has no post.
+    `truth` (n,) and each of `predicted` (n,) are numbers of `labels`, -1 an answer without label;
+    each of `scores` (n,) is p of the positive label or None. `members` (n,) are the posts of each
+    group; a post that is aimed at several stands in each. `varied` are the strategies that do not
+    give every post the same answer.
     """
-    from sklearn.metrics import f1_score, roc_auc_score
 
-    pairs = Counter(
-        (label == task.positive, answer == task.positive)
-        for label, answer in zip(truth, predicted, strict=True)
+    labels: list[str]
+    positive: int
+    truth: Any
+    members: dict[str, Any]
+    predicted: dict[str, Any]
+    scores: dict[str, Any]
+
+    @property
+    def positives(self) -> Any:
+        """(n,): whether a post has the positive label."""
+        return self.truth == self.positive
+
+    @property
+    def groups(self) -> list[str]:
+        """The groups that posts are aimed at, without the row of those aimed at none."""
+        return [name for name in self.members if name != NO_TARGET]
+
+    @property
+    def varied(self) -> list[str]:
+        return [name for name, answers in self.predicted.items() if len({*answers.tolist()}) > 1]
+
+    def decided(self, strategy: str) -> Any:
+        """(n,): its answers, where one without label counts as a wrong label."""
+        import numpy as np
+
+        answers = self.predicted[strategy]
+        other = 0 if self.positive else 1
+        wrong = np.where(self.positives, other, self.positive)
+        return np.where(answers < 0, wrong, answers)
+
+
+def build_sample(
+    labels: list[str],
+    positive: str,
+    truth: list[str],
+    members: dict[str, list[int]],
+    strategies: list[Answers],
+) -> Sample:
+    """The arrays of posts and of every strategy that answered."""
+    import numpy as np
+
+    numbers: dict[str | None, int] = {label: index for index, label in enumerate(labels)}
+    masks = {name: np.zeros(len(truth), dtype=bool) for name in members}
+    for name, posts in members.items():
+        masks[name][posts] = True
+    answered = [one for one in strategies if one.predicted is not None]
+    return Sample(
+        labels,
+        labels.index(positive),
+        np.array([numbers[label] for label in truth]),
+        masks,
+        {
+            one.strategy: np.array([numbers.get(label, -1) for label in one.predicted])
+            for one in answered
+        },
+        {one.strategy: None if one.scores is None else np.array(one.scores) for one in answered},
     )
-    tp, tn, fp, fn = (pairs[key] for key in ((1, 1), (0, 0), (0, 1), (1, 0)))
-    labels = {label: truth.count(label) for label in task.labels}
+
+
+def build_figures(sample: Sample, strategy: str, posts: Any, decided: Any = None) -> dict[str, Any]:
+    """Counts and figures of one strategy over some posts (n,), the positive label against the rest.
+
+    Answers without label are left out of the rates and counted, unless `decided` (n,) gives
+    labels for them. F1 is 2 TP / (2 TP + FP + FN); a figure over labels is undefined where a
+    label has no post.
+    """
+    import numpy as np
+
+    answers = sample.predicted[strategy] if decided is None else decided
+    parsed = posts & (answers >= 0)
+    size = len(sample.labels)
+    kinds = sample.truth[parsed] * size + answers[parsed]
+    table = np.bincount(kinds, minlength=size * size).reshape(size, size)
+    figures = {name: float(value) for name, value in count_figures(table, sample.positive).items()}
+    tp = int(table[sample.positive, sample.positive])
+    fn = int(table[sample.positive].sum()) - tp
+    fp = int(table[:, sample.positive].sum()) - tp
+    n = int(table.sum())
+    tn = n - tp - fn - fp
+    positive = sample.labels[sample.positive]
+    negative = name_of_negative(sample.labels, positive)
+    labels = dict(zip(sample.labels, map(int, table.sum(1)), strict=True))
     absent = [label for label, count in labels.items() if count == 0]
-    correct = sum(label == answer for label, answer in zip(truth, predicted, strict=True))
-    f1 = 2 * tp / (2 * tp + fp + fn) if tp + fp + fn else None
-    macro = None
-    if not absent:
-        macro = f1_score(truth, predicted, labels=task.labels, average="macro", zero_division=0)
-    both = tp + fn and tn + fp and scores is not None
-    auc = roc_auc_score([label == task.positive for label in truth], scores) if both else None
-    no_positive, no_negative = f"no {task.positive} posts", f"no {task.negative} posts"
-    no_auc = no_negative if tp + fn else no_positive
-    if scores is None:
-        no_auc = "written answers have no probability"
+    no_positive, no_negative = f"no {positive} posts", f"no {negative} posts"
+    over_labels = f"no {', '.join(absent)} posts" if absent else "all posts and answers are alike"
     return {
-        "n": len(truth),
+        "n": n,
+        "n_total": int(posts.sum()),
+        "n_unparsed": int(posts.sum()) - n,
         "labels": labels,
         **dict(zip(CONFUSION, (tp, tn, fp, fn), strict=True)),
-        "accuracy": share(correct, len(truth), "no posts"),
+        "accuracy": share(int(np.trace(table)), n, "no posts"),
         "precision": share(tp, tp + fp, "none predicted"),
         "recall": share(tp, tp + fn, no_positive),
         "false_positive_rate": share(fp, fp + tn, no_negative),
         "false_negative_rate": share(fn, fn + tp, no_positive),
-        f"f1_{task.positive}": number(
-            f1, len(truth), f"no {task.positive} posts and none predicted"
-        ),
-        "f1_macro": number(macro, len(truth), f"no {', '.join(absent)} posts"),
-        "roc_auc": number(auc, len(truth), no_auc),
+        "flag_rate": share(tp + fp, n, "no posts"),
+        f"f1_{positive}": dice(tp, fp + fn, f"no {positive} posts and none predicted", n),
+        "balanced_accuracy": number(figures["balanced_accuracy"], n, over_labels),
+        "f1_macro": number(figures["f1_macro"], n, over_labels),
+        "f1_weighted": number(figures["f1_weighted"], n, "no posts"),
+        "mcc": number(figures["mcc"], n, f"{over_labels}, or one label only is predicted"),
+        **score_figures(sample, sample.scores[strategy], parsed),
+    }
+
+
+def name_of_negative(labels: list[str], positive: str) -> str:
+    """What a post is that does not have the positive label."""
+    others = [label for label in labels if label != positive]
+    return others[0] if len(others) == 1 else f"not {positive}"
+
+
+def score_figures(sample: Sample, scores: Any, posts: Any) -> dict[str, Any]:
+    """AUROC, average precision, Brier score and calibration error of p over some posts (n,)."""
+    import numpy as np
+    from sklearn.metrics import average_precision_score, roc_auc_score
+
+    n = int(posts.sum())
+    positive = sample.labels[sample.positive]
+    reason = ""
+    if scores is None:
+        reason = "answers without probability"
+    elif n == 0:
+        reason = "no posts"
+    if reason:
+        names = ("roc_auc", "average_precision", "brier", "ece")
+        return {name: number(None, n, reason) for name in names}
+    truth, p = sample.positives[posts], scores[posts]
+    hits = int(truth.sum())
+    error = calibration_error(np.ones((1, n)), p, truth, equal_mass_bins(p))[0]
+    reason = f"no {positive} posts"
+    if hits == n:
+        reason = f"no {name_of_negative(sample.labels, positive)} posts"
+    return {
+        "roc_auc": number(roc_auc_score(truth, p) if 0 < hits < n else None, n, reason),
+        "average_precision": number(average_precision_score(truth, p) if hits else None, n, reason),
+        "brier": number(float(((p - truth) ** 2).mean()), n, ""),
+        "ece": number(error, n, ""),
+    }
+
+
+def group_auc(sample: Sample, strategy: str, group: str) -> dict[str, Any]:
+    """BPSN and BNSP AUC of a group (Borkan et al. 2019); its subgroup AUC is its `roc_auc`.
+
+    BPSN: posts of the rest that are positive against posts of the group that are not; low where
+    harmless posts about the group score like hate. BNSP: the other way round.
+    """
+    inside, positive = sample.members[group], sample.positives
+    name = sample.labels[sample.positive]
+    other = name_of_negative(sample.labels, name)
+    figures = {}
+    for key, high, low, words in (
+        ("bpsn_auc", positive & ~inside, ~positive & inside, (f"no other {name}", f"no {other}")),
+        ("bnsp_auc", positive & inside, ~positive & ~inside, (f"no {name}", f"no other {other}")),
+    ):
+        posts = high | low
+        reason = f"{words[0] if not high.any() else words[1]} posts"
+        figure = score_figures(sample, sample.scores[strategy], posts)["roc_auc"]
+        if figure["value"] is None and sample.scores[strategy] is not None:
+            figure["reason"] = reason
+        figures[key] = figure
+    return figures
+
+
+def build_strategy(
+    sample: Sample, one: Answers, ranked: dict[Any, Any], counted: dict[Any, Any], seed: int
+) -> dict[str, Any]:
+    """A strategy's entry in metrics.json; null figures where it gave no answers.
+
+    `ranked` and `counted` are the intervals of `rank_intervals` and `count_intervals`.
+    """
+    import numpy as np
+
+    name = one.strategy
+    entry: dict[str, Any] = {"name": name, "kind": one.kind, "reason": one.reason}
+    if one.predicted is None:
+        return entry | {"overall": None, "groups": dict.fromkeys(sample.members), "bias": None}
+    everything = np.ones(len(sample.truth), dtype=bool)
+    overall = build_figures(sample, name, everything)
+    groups = {
+        group: build_figures(sample, name, posts)
+        | (group_auc(sample, name, group) if group != NO_TARGET else {})
+        for group, posts in sample.members.items()
+    }
+    for place, figures in (("overall", overall), *groups.items()):
+        for key, figure in figures.items():
+            found = ranked.get((name, place, key)) or counted.get((name, place, key))
+            if found and isinstance(figure, dict) and "reason" in figure and figure["low"] is None:
+                add_interval(figure, found)
+    unparsed = {}
+    if overall["n_unparsed"]:
+        answers, wrong = sample.predicted[name], sample.decided(name)
+        other = 0 if sample.positive else 1
+        for rule, labels in (
+            ("as_errors", wrong),
+            (
+                f"as_{sample.labels[sample.positive]}",
+                np.where(answers < 0, sample.positive, answers),
+            ),
+            (f"as_{sample.labels[other]}", np.where(answers < 0, other, answers)),
+        ):
+            unparsed[rule] = {
+                place: build_figures(sample, name, posts, labels)
+                for place, posts in {"overall": everything, **sample.members}.items()
+            }
+    return entry | {
+        "coverage": share(overall["n"], overall["n_total"], "no posts"),
+        "overall": overall,
+        "groups": groups,
+        "unparsed": unparsed or None,
+        "bias": build_bias(sample, name, overall, groups, ranked, counted, seed)
+        if name in sample.varied
+        else None,
+    }
+
+
+def add_interval(figure: dict[str, Any], found: dict[str, Any]) -> None:
+    """Put a resampled interval around a figure, moved by what its cells' value is off."""
+    if figure["value"] is None or found["low"] is None:
+        return
+    moved = figure["value"] - found["value"]
+    figure["low"], figure["high"] = found["low"] + moved, found["high"] + moved
+
+
+def comparable(groups: dict[str, Any], rate: str) -> tuple[list[str], list[str]]:
+    """The groups whose rate counts in a gap, and those left out for want of posts."""
+    named = [group for group in groups if group != NO_TARGET]
+    enough = [group for group in named if groups[group][rate]["n"] >= MIN_DENOMINATOR]
+    return enough, [group for group in named if group not in enough]
+
+
+def build_bias(
+    sample: Sample,
+    name: str,
+    overall: dict[str, Any],
+    groups: dict[str, Any],
+    ranked: dict[Any, Any],
+    counted: dict[Any, Any],
+    seed: int,
+) -> dict[str, Any]:
+    """Gaps of error rates between groups, with intervals and permutation p-values.
+
+    A gap is significant where its p-value, corrected for the rates (Holm), is below 5 %; a group
+    stands out only where the gap does and its own p-value, corrected for all groups and rates, is
+    below 5 %. Without any bias both happen in at most 5 % of evaluations.
+    """
+    entry: dict[str, Any] = {"gaps": {}, "power_means": {}}
+    gap_p: dict[str, float] = {}
+    group_p: dict[tuple[str, str], float] = {}
+    for rate, (error, posts) in error_posts(sample, name).items():
+        enough, left_out = comparable(groups, rate)
+        names = list(sample.members)
+        members = stack_members(sample, names)[posts]
+        gap, each = permute_groups(
+            error[posts], members, [names.index(group) for group in enough], seed
+        )
+        if len(enough) > 1:
+            gap_p[rate] = gap
+        for group, p in zip(names, each, strict=True):
+            if group in enough and groups[group][rate]["n"] < posts.sum():
+                group_p[rate, group] = p
+        entry["gaps"][rate] = build_gap(name, rate, overall, groups, enough, left_out, counted)
+    adjusted, group_adjusted = holm(gap_p), holm(group_p)
+    for rate, gap in entry["gaps"].items():
+        gap["max_min"] |= {"p": gap_p.get(rate), "p_holm": adjusted.get(rate)}
+        found = rate in gap_p and adjusted[rate] < 0.05
+        gap["significant"] = found if rate in gap_p else None
+        if gap["max_min"]["low"] is not None:
+            # Its draws never reach 0; the permutations say whether they should.
+            low = gap["max_min"]["low"] if gap_p[rate] < 0.05 else 0
+            gap["max_min"]["low"] = max(0.0, low)
+        for group, one in gap["groups"].items():
+            p, p_holm = group_p.get((rate, group)), group_adjusted.get((rate, group))
+            allowed = found or rate not in gap_p
+            one["vs_rest"] |= {"p": p, "p_holm": p_holm}
+            one["significant"] = None if p is None else bool(allowed and p_holm < 0.05)
+    pairs = (
+        ("equalized_odds_difference", ("false_positive_rate", "false_negative_rate")),
+        ("demographic_parity_difference", ("flag_rate",)),
+    )
+    for key, rates in pairs:
+        enough, left_out = comparable(groups, rates[0])
+        enough = [
+            group for group in enough if all(group in comparable(groups, r)[0] for r in rates)
+        ]
+        values = [[groups[group][rate]["value"] for group in enough] for rate in rates]
+        value = max(max(row) - min(row) for row in values) if len(enough) > 1 else None
+        entry[key] = number(value, len(enough), TOO_FEW_GROUPS)
+        add_interval(entry[key], counted.get((name, key), {"low": None}))
+        entry[key]["left_out"] = [group for group in sample.groups if group not in enough]
+    for key in ("roc_auc", "bpsn_auc", "bnsp_auc"):
+        values = [groups[group][key]["value"] for group in sample.groups]
+        known = [value for value in values if value is not None]
+        value = float(power_mean(known)) if known else None
+        entry["power_means"][key] = number(value, len(known), "no group has this AUC") | {
+            "left_out": [
+                group for group, value in zip(sample.groups, values, strict=True) if value is None
+            ]
+        }
+        add_interval(entry["power_means"][key], ranked.get((name, "mean", key), {"low": None}))
+    return entry
+
+
+TOO_FEW_GROUPS = f"fewer than two groups have {MIN_DENOMINATOR} posts to count"
+
+
+def stack_members(sample: Sample, names: list[str]) -> Any:
+    """(n, groups): who is in which group."""
+    import numpy as np
+
+    return np.column_stack([sample.members[name] for name in names])
+
+
+def error_posts(sample: Sample, name: str) -> dict[str, tuple[Any, Any]]:
+    """For each error rate the posts (n,) that are decided wrongly, and those that could be."""
+    answers = sample.predicted[name]
+    flagged, parsed = answers == sample.positive, answers >= 0
+    return {
+        "false_positive_rate": (flagged, parsed & ~sample.positives),
+        "false_negative_rate": (~flagged, parsed & sample.positives),
+    }
+
+
+def build_gap(
+    name: str,
+    rate: str,
+    overall: dict[str, Any],
+    groups: dict[str, Any],
+    enough: list[str],
+    left_out: list[str],
+    counted: dict[Any, Any],
+) -> dict[str, Any]:
+    """One rate's gap: largest difference, and each group against all posts and the others."""
+    values = {group: groups[group][rate]["value"] for group in enough}
+    value = max(values.values()) - min(values.values()) if len(enough) > 1 else None
+    widest = number(value, len(enough), TOO_FEW_GROUPS)
+    add_interval(widest, counted.get((name, "gap", rate), {"low": None}))
+    ratio = None
+    if len(enough) > 1 and max(values.values()) > 0:
+        ratio = min(values.values()) / max(values.values())
+    lowest_ratio = number(
+        ratio, len(enough), TOO_FEW_GROUPS if len(enough) < 2 else "no group has such an error"
+    )
+    add_interval(lowest_ratio, counted.get((name, "ratio", rate), {"low": None}))
+    each: dict[str, Any] = {}
+    for group in groups:
+        if group in left_out or not groups[group][rate]["n"]:
+            continue
+        n = groups[group][rate]["n"]
+        own = groups[group][rate]["value"]
+        whole = overall[rate]
+        others = whole["n"] - n
+        inside = round(own * n)
+        each[group] = against_rest(inside, n, round(whole["value"] * whole["n"]) - inside, others)
+    return {"max_min": widest, "min_max_ratio": lowest_ratio, "groups": each, "left_out": left_out}
+
+
+def against_rest(errors: int, n: int, others: int, rest: int) -> dict[str, Any]:
+    """A group's rate less that of the posts outside it, and less that of all posts.
+
+    The two sides share no post, so the interval is Newcombe's (1998, method 10) of two Wilson
+    intervals; the difference from all posts is the other one times the share of the rest.
+    """
+    if not rest:
+        away = number(None, n, "no other posts")
+        return {"vs_overall": away, "vs_rest": dict(away)}
+    rate, other = errors / n, others / rest
+    (low, high), (other_low, other_high) = wilson(errors, n), wilson(others, rest)
+    away = number(rate - other, n, "")
+    away["low"] = rate - other - math.hypot(rate - low, other_high - other)
+    away["high"] = rate - other + math.hypot(high - rate, other - other_low)
+    part = rest / (n + rest)
+    whole = {key: part * away[key] for key in ("value", "low", "high")}
+    return {"vs_overall": away | whole, "vs_rest": away}
+
+
+# Of the figures over all posts, those without a formula for their interval.
+RESAMPLED = ("balanced_accuracy", "f1_macro", "f1_weighted", "mcc")
+# What two strategies are compared by.
+COMPARED = ("accuracy", "balanced_accuracy", "f1", "precision", "recall", "mcc")
+COMPARED_IN_GROUPS = ("accuracy", "f1", "false_positive_rate", "false_negative_rate")
+
+
+def count_intervals(sample: Sample, pairs: list[tuple[str, str]], seed: int) -> dict[Any, Any]:
+    """Intervals of everything that is counted, from one set of resamples of the posts.
+
+    Names: (strategy, "overall", figure); (strategy, "gap" | "ratio", rate); (strategy,
+    "equalized_odds_difference" | "demographic_parity_difference"); and for each of `pairs` (first,
+    second, place, figure), the first's figure less the second's.
+    """
+    import numpy as np
+
+    forms = {(name, False): answers for name, answers in sample.predicted.items()}
+    forms |= {(name, True): sample.decided(name) for pair in pairs for name in pair}
+    places = {"overall": np.ones(len(sample.truth), dtype=bool), **sample.members}
+    cells = build_cells(sample.truth, stack_members(sample, list(sample.members)), *forms.values())
+    size = len(sample.labels)
+    shape = (len(forms), len(places), size, size)
+    design = np.zeros((len(cells.counts), *shape), dtype=np.float32)
+    rows = np.arange(len(cells.counts))
+    truth = sample.truth[cells.first]
+    for form, answers in enumerate(forms.values()):
+        found = answers[cells.first]
+        for place, posts in enumerate(places.values()):
+            some = posts[cells.first] & (found >= 0)
+            design[rows[some], form, place, truth[some], found[some]] = 1
+    design = design.reshape(len(rows), -1)
+    place_of = {name: index for index, name in enumerate(places)}
+    form_of = {form: index for index, form in enumerate(forms)}
+    rates = ("false_positive_rate", "false_negative_rate", "flag_rate")
+    tables = (cells.counts @ design).reshape(shape)
+    below = {
+        "false_positive_rate": tables.sum((-2, -1)) - tables[..., sample.positive, :].sum(-1),
+        "false_negative_rate": tables[..., sample.positive, :].sum(-1),
+        "flag_rate": tables.sum((-2, -1)),
+    }
+
+    def statistic(counts: Any) -> dict[Any, Any]:
+        tables = (counts @ design).reshape(len(counts), *shape)
+        figures = count_figures(tables, sample.positive)
+        found: dict[Any, Any] = {}
+        for name in sample.predicted:
+            form = form_of[name, False]
+            for key in RESAMPLED:
+                found[name, "overall", key] = figures[key][:, form, 0]
+            if name not in sample.varied:
+                continue
+            spread = {}
+            for rate in rates:
+                values = figures[rate][:, form]
+                enough = [
+                    place_of[group]
+                    for group in sample.groups
+                    if below[rate][form, place_of[group]] >= MIN_DENOMINATOR
+                ]
+                if len(enough) < 2:
+                    continue
+                highest, lowest = values[:, enough].max(1), values[:, enough].min(1)
+                spread[rate] = found[name, "gap", rate] = highest - lowest
+                with np.errstate(divide="ignore", invalid="ignore"):
+                    found[name, "ratio", rate] = lowest / highest
+            if len(spread) == 3:
+                found[name, "equalized_odds_difference"] = np.maximum(
+                    spread["false_positive_rate"], spread["false_negative_rate"]
+                )
+                found[name, "demographic_parity_difference"] = spread["flag_rate"]
+        for first, second in pairs:
+            one, other = form_of[first, True], form_of[second, True]
+            for place in ("overall", *sample.members):
+                at = place_of[place]
+                keys = COMPARED_IN_GROUPS if at else (*COMPARED, *COMPARED_IN_GROUPS[2:])
+                for key in keys:
+                    values = figures[key]
+                    found[first, second, place, key] = values[:, one, at] - values[:, other, at]
+        return {
+            key: values
+            for key, values in found.items()
+            if len(values) > 1 or np.isfinite(values).all()
+        }
+
+    return intervals(statistic, cells.counts, seed)
+
+
+def rank_intervals(
+    sample: Sample, pairs: list[tuple[str, str]], seed: int
+) -> dict[Any, dict[str, Any]]:
+    """Intervals of everything that comes from scores.
+
+    Names: (strategy, place, figure) with a place of "overall" or a group; (strategy, "mean",
+    figure); and for each of `pairs` (first, second, place, figure), the first's less the second's.
+    Up to `MOST_CELLS` posts are drawn one by one. Of more, scores are drawn as levels of equally
+    many posts: `SCORE_LEVELS` of one strategy, fewer of a pair.
+    """
+    scored = [name for name in sample.varied if sample.scores[name] is not None]
+    pairs = [pair for pair in pairs if pair[0] in scored and pair[1] in scored]
+    if len(sample.truth) <= MOST_CELLS:
+        return rank_some(sample, scored, pairs, None, seed)
+    found: dict[Any, dict[str, Any]] = {}
+    for name in scored:
+        found |= rank_some(sample, [name], [], SCORE_LEVELS, seed)
+    for pair in pairs:
+        levels = max(4, int(math.sqrt(MOST_CELLS / 2 / 2 ** min(len(sample.groups), 3))))
+        both = rank_some(sample, [*pair], [pair], levels, seed)
+        found |= {key: value for key, value in both.items() if len(key) == 4}
+    return found
+
+
+def rank_some(
+    sample: Sample,
+    strategies: list[str],
+    pairs: list[tuple[str, str]],
+    levels: int | None,
+    seed: int,
+) -> dict[Any, dict[str, Any]]:
+    """`rank_intervals` of some strategies, drawn together; without `levels` post by post."""
+    import numpy as np
+
+    if not strategies:
+        return {}
+    n, members = len(sample.truth), stack_members(sample, list(sample.members))
+    if levels is None:
+        cells = single_cells(n)
+        scores = {name: sample.scores[name] for name in strategies}
+    else:
+        ranks = {name: equal_mass_bins(sample.scores[name], levels) for name in strategies}
+        cells = build_cells(sample.positives, members, *ranks.values())
+        scores = {
+            name: np.bincount(rank, weights=sample.scores[name]) / np.maximum(np.bincount(rank), 1)
+            for name, rank in ranks.items()
+        }
+        scores = {name: scores[name][ranks[name]] for name in strategies}
+
+    def mean_of(values: Any) -> Any:
+        return np.bincount(cells.of, weights=values) / cells.counts
+
+    positive = sample.positives[cells.first]
+    inside = dict(zip(sample.members, members[cells.first].T, strict=True))
+    everything = np.ones(len(positive), dtype=bool)
+    level = {name: scores[name][cells.first] for name in strategies}
+    mean = {name: mean_of(sample.scores[name]) for name in strategies}
+    squared = {name: mean_of((sample.scores[name] - sample.positives) ** 2) for name in strategies}
+    sides: dict[tuple[str, str], tuple[Any, Any]] = {("overall", "roc_auc"): (positive, ~positive)}
+    for group, posts in inside.items():
+        sides[group, "roc_auc"] = (positive & posts, ~positive & posts)
+        if group != NO_TARGET:
+            sides[group, "bpsn_auc"] = (positive & ~posts, ~positive & posts)
+            sides[group, "bnsp_auc"] = (positive & posts, ~positive & ~posts)
+    bins = {
+        (name, place): equal_mass_bins(level[name][posts])
+        for name in strategies
+        for place, posts in (("overall", everything), *inside.items())
+    }
+
+    def statistic(counts: Any) -> dict[Any, Any]:
+        found: dict[Any, Any] = {}
+        total = counts.sum(1, dtype=np.float64)
+        for name in strategies:
+            for (place, key), (high, low) in sides.items():
+                if high.any() and low.any():
+                    found[name, place, key] = auc(counts, level[name], high, low)
+            if positive.any():
+                found[name, "overall", "average_precision"] = average_precision(
+                    counts, level[name], positive
+                )
+            found[name, "overall", "brier"] = counts @ squared[name] / total
+            for place, posts in (("overall", everything), *inside.items()):
+                if posts.any():
+                    found[name, place, "ece"] = calibration_error(
+                        counts[:, posts], mean[name][posts], positive[posts], bins[name, place]
+                    )
+            for key in ("roc_auc", "bpsn_auc", "bnsp_auc"):
+                each = [
+                    (name, group, key) for group in sample.groups if (name, group, key) in found
+                ]
+                if each:
+                    found[name, "mean", key] = power_mean([found[group] for group in each])
+        for first, second in pairs:
+            for place, key in (*sides, ("overall", "average_precision"), ("overall", "brier")):
+                if (first, place, key) in found:
+                    away = found[first, place, key] - found[second, place, key]
+                    found[first, second, place, key] = away
+        return found
+
+    return intervals(statistic, cells.counts, seed)
+
+
+def build_comparison(
+    sample: Sample,
+    first: str,
+    second: str,
+    counted: dict[Any, dict[str, Any]],
+    ranked: dict[Any, dict[str, Any]],
+) -> dict[str, Any]:
+    """The first strategy's figures less the second's on the same posts, overall and per group.
+
+    An answer without label counts as wrong. `p` is of the exact McNemar test: of all posts for
+    the accuracy, of one label's posts in a group for its error rates; `p_holm` corrects it for
+    all groups and both rates.
+    """
+    n, positive = len(sample.truth), sample.positives
+    one, other = sample.decided(first), sample.decided(second)
+    # Among posts of one label, being right or wrong is what its error rate counts.
+    right, also = one == sample.truth, other == sample.truth
+    flags = {
+        "false_positive_rate": (~positive, one != sample.positive, other != sample.positive),
+        "false_negative_rate": (positive, one == sample.positive, other == sample.positive),
+    }
+
+    def difference(place: str, key: str, size: int) -> dict[str, Any]:
+        found = counted.get((first, second, place, key)) or ranked.get((first, second, place, key))
+        if not found:
+            return number(None, size, "undefined for one of the two")
+        figure = number(found["value"], size, "")
+        return figure | {"low": found["low"], "high": found["high"]}
+
+    overall = {
+        key: difference("overall", key, n)
+        for key in (
+            *(*COMPARED, "false_positive_rate", "false_negative_rate"),
+            *("roc_auc", "average_precision", "brier"),
+        )
+    }
+    only_first, only_second = int((right & ~also).sum()), int((also & ~right).sum())
+    overall["accuracy"]["p"] = mcnemar(only_first, only_second)
+    groups: dict[str, Any] = {}
+    p_values: dict[tuple[str, str], float] = {}
+    for group, posts in sample.members.items():
+        size = int(posts.sum())
+        keys = (*COMPARED_IN_GROUPS, "roc_auc", "bpsn_auc", "bnsp_auc")
+        groups[group] = {key: difference(group, key, size) for key in keys}
+        for rate, (counts_for, fine, also_fine) in flags.items():
+            some = posts & counts_for
+            groups[group][rate]["n"] = int(some.sum())
+            if some.sum() >= MIN_DENOMINATOR:
+                p_values[group, rate] = mcnemar(
+                    int((some & fine & ~also_fine).sum()), int((some & also_fine & ~fine).sum())
+                )
+    adjusted = holm(p_values)
+    for (group, rate), p in p_values.items():
+        groups[group][rate] |= {"p": p, "p_holm": adjusted[group, rate]}
+    return {
+        "first": first,
+        "second": second,
+        "n": n,
+        "changed": int((one != other).sum()),
+        "only_first_right": only_first,
+        "only_second_right": only_second,
+        "overall": overall,
+        "groups": groups,
+    }
+
+
+def answer_strategies(
+    args: argparse.Namespace,
+    task: Task,
+    posts: list[dict[str, Any]],
+    training: list[dict[str, Any]],
+    no_training: str,
+) -> list[Answers]:
+    """The model's answers and, after it, those of what it is compared with."""
+
+    def answers(name: str, kind: str, prediction: str, probabilities: str | None) -> Answers:
+        return Answers(
+            name,
+            kind,
+            [post[prediction] for post in posts],
+            probabilities and [post[probabilities][task.positive] for post in posts],
+        )
+
+    if args.mode == "generate":
+        strategies = [
+            answers(f"{task.name}_generate", "model", "prediction", None),
+            answers(task.name, "compared", "scored_prediction", "probabilities"),
+        ]
+    else:
+        strategies = [answers(task.name, "model", "prediction", "probabilities")]
+    if args.with_base:
+        strategies.append(answers("base_model", "base", "base_prediction", "base_probabilities"))
+    return [*strategies, *answer_baselines(task, posts, training, no_training)]
+
+
+def build_metrics(
+    args: argparse.Namespace, task: Task, posts: list[dict[str, Any]], strategies: list[Answers]
+) -> dict[str, Any]:
+    """Everything that metrics.json holds: figures of each strategy over all and per group, gaps
+    between groups, and the differences of the first one, the model, from all others."""
+    truth = [post["label"] for post in posts]
+    members = group_members(posts, task.groups)
+    sample = build_sample(task.labels, task.positive, truth, members, strategies)
+    answered = [*sample.predicted]
+    pairs = [(answered[0], other) for other in answered[1:]]
+    counted = count_intervals(sample, pairs, args.seed)
+    ranked = rank_intervals(sample, pairs, args.seed)
+    return {
+        "schema": SCHEMA,
+        "labels": task.labels,
+        "positive_label": task.positive,
+        "negative": task.negative,
+        "threshold": args.threshold if len(task.labels) == 2 else None,
+        "n": len(posts),
+        "cut_posts": sum(post["cut"] for post in posts),
+        "near_ties": sum(post["near_tie"] for post in posts),
+        "resamples": RESAMPLES,
+        "min_denominator": MIN_DENOMINATOR,
+        "answers": count_answers(posts, members) if args.mode == "generate" else None,
+        "strategies": [
+            build_strategy(sample, one, ranked, counted, args.seed) for one in strategies
+        ],
+        "comparisons": [build_comparison(sample, *pair, counted, ranked) for pair in pairs],
     }
 
 
@@ -2409,57 +3367,6 @@ def words_model() -> Any:
     )
 
 
-def build_metrics(
-    args: argparse.Namespace,
-    task: Task,
-    posts: list[dict[str, Any]],
-    training: list[dict[str, Any]],
-    no_training: str,
-) -> dict[str, Any]:
-    """Figures of the model and, after it, of what it is compared with: over all and per group.
-
-    After a written answer without label the post counts as decided wrongly.
-    """
-
-    def answers(name: str, kind: str, prediction: str, probabilities: str | None) -> Answers:
-        return Answers(
-            name,
-            kind,
-            [post[prediction] or wrong_label(post["label"], task) for post in posts],
-            probabilities and [post[probabilities][task.positive] for post in posts],
-        )
-
-    if args.mode == "generate":
-        strategies = [
-            answers(f"{task.name}_generate", "model", "prediction", None),
-            answers(task.name, "compared", "scored_prediction", "probabilities"),
-        ]
-    else:
-        strategies = [answers(task.name, "model", "prediction", "probabilities")]
-    if args.with_base:
-        strategies.append(answers("base_model", "base", "base_prediction", "base_probabilities"))
-    strategies += answer_baselines(task, posts, training, no_training)
-    truth = [post["label"] for post in posts]
-    members = group_members(posts, task.groups)
-    return {
-        "schema": SCHEMA,
-        "labels": task.labels,
-        "positive_label": task.positive,
-        "negative": task.negative,
-        "threshold": args.threshold if len(task.labels) == 2 else None,
-        "n": len(posts),
-        "cut_posts": sum(post["cut"] for post in posts),
-        "near_ties": sum(post["near_tie"] for post in posts),
-        "answers": count_answers(posts, members) if args.mode == "generate" else None,
-        "strategies": [build_strategy(one, truth, members, task) for one in strategies],
-    }
-
-
-def wrong_label(label: str, task: Task) -> str:
-    """A label that a post of this label does not have: the positive one where that is wrong."""
-    return task.negative_label if label == task.positive else task.positive
-
-
 def count_answers(
     posts: list[dict[str, Any]], members: dict[str, list[int]]
 ) -> dict[str, dict[str, int]]:
@@ -2477,28 +3384,286 @@ def count_answers(
     return {"overall": count(posts), **groups}
 
 
-def build_strategy(
-    answers: Answers, truth: list[str], members: dict[str, list[int]], task: Task
-) -> dict[str, Any]:
-    """A strategy's entry in metrics.json; null figures where it gave no answers."""
+# --- predictions -----------------------------------------------------------------------------
 
-    def figures_of(indices: list[int] | range) -> dict[str, Any] | None:
-        if answers.predicted is None:
-            return None
-        return build_figures(
-            [truth[index] for index in indices],
-            [answers.predicted[index] for index in indices],
-            answers.scores and [answers.scores[index] for index in indices],
-            task,
+PREDICTIONS = ("predictions.parquet", "predictions.csv")
+# The names under which files of predictions hold what is needed; the first that is there counts.
+COLUMNS = {
+    "id": ("id", "sample_id", "post_id"),
+    "text": ("text", "input_text"),
+    "label": ("label", "true_label"),
+    "prediction": ("prediction", "predicted_label"),
+    "score": ("p_{positive}", "score", "probability"),
+    "group": ("target_groups", "target_group_norm", "persona_tag"),
+    "strategy": ("strategy",),
+}
+
+
+@dataclass(frozen=True)
+class Run:
+    """Answers to labelled posts, as a file holds them; every list has an entry per post.
+
+    In `predicted` None is an answer without label. `scores` are p of the positive label, or None;
+    `texts` are None where the file has none. `columns` are further ones, `record` the evaluation's
+    contract.json or empty.
+    """
+
+    name: str
+    origin: str
+    labels: list[str]
+    positive: str
+    ids: list[str]
+    truth: list[str]
+    predicted: list[str | None]
+    scores: list[float] | None
+    groups: list[list[str]]
+    texts: list[str] | None
+    columns: dict[str, list[Any]]
+    record: dict[str, Any]
+
+
+def read_runs(argument: str, eval_name: str, options: dict[str, Any]) -> list[Run]:
+    """The runs of a file, of an evaluation's folder, or of an adapter repo; one per strategy.
+
+    A repo is `user/name[@revision]`, its evaluation `eval_name` or `user/name/EVALUATION`.
+    `options`: `labels`, `positive`, `label_map`, `threshold`, and by the keys of `COLUMNS` the
+    name of a column.
+    """
+    place = Path(argument).expanduser()
+    if place.suffix.lower() in (".csv", ".parquet", ".jsonl") and (
+        is_folder(argument) or place.is_file()
+    ):
+        return runs_of_rows(read_table(place), argument, place.stem, {}, options)
+    folder, name = find_evaluation(argument, eval_name)
+    record = read_record(folder, name)
+    file = next((folder / file for file in PREDICTIONS if (folder / file).is_file()), None)
+    if file is None:
+        fail(f"{name} holds no {PREDICTIONS[0]}. Evaluate it again with {EVALUATE}.")
+    known = {"labels": record.get("labels"), "positive": record.get("positive_label")}
+    options = options | {key: value for key, value in known.items() if value}
+    return runs_of_rows(read_table(file), argument, name, record, options)
+
+
+EVALUATE = "eval/eval.py"
+
+
+def find_evaluation(argument: str, eval_name: str) -> tuple[Path, str]:
+    """The local folder of an evaluation's files, fetched where it is on the Hub, and its name."""
+    wanted = (*PREDICTIONS, "contract.json", "metrics.json")
+    if is_folder(argument):
+        place = Path(argument).expanduser()
+        for folder in (place, place / "eval" / eval_name):
+            if any((folder / file).is_file() for file in PREDICTIONS):
+                return folder, argument
+        there = sorted(path.parent.name for path in place.glob("eval/*/contract.json"))
+        fail(
+            f"{argument} holds no evaluation {eval_name!r}. There are: "
+            f"{', '.join(there) or 'none'}."
         )
+    repo_name, _, revision = argument.partition("@")
+    parts = repo_name.split("/")
+    if len(parts) == 3:
+        repo_name, eval_name = "/".join(parts[:2]), parts[2]
+    repo = open_repo(f"{repo_name}@{revision}" if revision else repo_name, "model")
+    folder = repo.fetch(*(f"eval/{eval_name}/{file}" for file in wanted)) / "eval" / eval_name
+    if not any((folder / file).is_file() for file in PREDICTIONS):
+        from huggingface_hub import HfApi
 
-    return {
-        "name": answers.strategy,
-        "kind": answers.kind,
-        "reason": answers.reason,
-        "overall": figures_of(range(len(truth))),
-        "groups": {name: figures_of(indices) for name, indices in members.items()},
-    }
+        with hub_errors(f"list the evaluations of {repo_name}"):
+            files = HfApi().list_repo_files(repo_name, revision=repo.revision)
+        there = sorted({file.split("/")[1] for file in files if re.match("eval/[^/]+/", file)})
+        fail(
+            f"{repo_name} holds no evaluation {eval_name!r}. There are: "
+            f"{', '.join(there) or 'none'}. Name it as {repo_name}/NAME, or evaluate with {EVALUATE}."
+        )
+    return folder, f"{repo_name}/{eval_name}"
+
+
+def read_record(folder: Path, name: str) -> dict[str, Any]:
+    """contract.json of an evaluation; empty where there is none."""
+    file = folder / "contract.json"
+    if not file.is_file():
+        return {}
+    try:
+        record = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        fail(f"contract.json of {name} is not JSON: {error}")
+    if not isinstance(record, dict) or record.get("schema") != SCHEMA:
+        fail(f"contract.json of {name} has an unknown schema; this script reads {SCHEMA}.")
+    return record
+
+
+def read_table(file: Path) -> list[dict[str, Any]]:
+    """The rows of a CSV, JSONL or parquet file."""
+    if not file.is_file():
+        fail(f"the file {file} does not exist.")
+    kind = file.suffix.lower()
+    if kind == ".parquet":
+        from pyarrow import ArrowException, parquet
+
+        try:
+            rows = parquet.read_table(file).to_pylist()
+        except (ArrowException, OSError) as error:
+            fail(f"{file} is no parquet file that can be read: {str(error).splitlines()[0]}")
+        return rows
+    try:
+        content = file.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        fail(f"{file} is not UTF-8: {error}")
+    if kind == ".csv":
+        csv.field_size_limit(2**31 - 1)
+        try:
+            return list(csv.DictReader(io.StringIO(content, newline=""), strict=True))
+        except csv.Error as error:
+            fail(f"{file} is no CSV file that can be read: {error}")
+    rows = []
+    for number_, line in enumerate(content.split("\n"), start=1):
+        try:
+            rows += [json.loads(line)] if line.strip() else []
+        except ValueError as error:
+            fail(f"{file} line {number_} is not JSON: {error}")
+    if not all(isinstance(row, dict) for row in rows):
+        fail(f"{file}: every line is to be an object.")
+    return rows
+
+
+def runs_of_rows(
+    rows: list[dict[str, Any]],
+    origin: str,
+    name: str,
+    record: dict[str, Any],
+    options: dict[str, Any],
+) -> list[Run]:
+    """Rows as runs, one for each value of the strategy column, in the order of their first row."""
+    if not rows:
+        fail(f"{origin} holds no rows.")
+    found = list(dict.fromkeys(column for row in rows for column in row))
+    column = {key: pick_column(key, found, origin, options) for key in COLUMNS}
+    if not column["label"] or not (column["prediction"] or column["score"]):
+        lacking = "true label" if not column["label"] else "predicted label or score"
+        fail(
+            f"{origin} has no column for the {lacking}. It has: {', '.join(map(str, found))}. "
+            "Name it with --label_column, --prediction_column or --score_column."
+        )
+    if not column["group"]:
+        print(f"{origin}: no column of groups; every post is of no target group", flush=True)
+    by_strategy: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        key = str(row.get(column["strategy"]) or "") if column["strategy"] else ""
+        by_strategy.setdefault(key or name, []).append(row)
+    return [
+        run_of_rows(some, strategy, origin, column, record, options)
+        for strategy, some in by_strategy.items()
+    ]
+
+
+def pick_column(key: str, found: list[str], origin: str, options: dict[str, Any]) -> str | None:
+    """The column that holds a thing: the one that is named, or the first of the known names."""
+    named = options.get(key)
+    if named:
+        if named not in found:
+            fail(f"{origin} has no column {named!r}. It has: {', '.join(map(str, found))}.")
+        return named
+    names = (candidate.format(positive=options["positive"]) for candidate in COLUMNS[key])
+    return next((candidate for candidate in names if candidate in found), None)
+
+
+def run_of_rows(
+    rows: list[dict[str, Any]],
+    strategy: str,
+    origin: str,
+    column: dict[str, str | None],
+    record: dict[str, Any],
+    options: dict[str, Any],
+) -> Run:
+    """One strategy's rows as a run. Without an id the row's number is it."""
+    labels, positive = options["labels"], options["positive"]
+    truth, predicted, scores = [], [], []
+    for number_, row in enumerate(rows, start=1):
+        label = label_of(row.get(column["label"]), labels, options)
+        if label is None:
+            fail(
+                f"{origin}: row {number_} of {strategy} has the true label "
+                f"{visible(repr(row.get(column['label'])))}. The labels are {', '.join(labels)}: "
+                'name others with --label_map \'{"theirs": "hate"}\'.'
+            )
+        truth.append(label)
+        score = score_of(row.get(column["score"]), origin, number_) if column["score"] else None
+        scores.append(score)
+        if column["prediction"]:
+            predicted.append(label_of(row.get(column["prediction"]), labels, options))
+        elif score is None:
+            predicted.append(None)
+        else:
+            negative = next(one for one in labels if one != positive)
+            predicted.append(positive if score >= options["threshold"] else negative)
+    if column["prediction"] and not any(predicted):
+        seen = sorted({visible(repr(row.get(column["prediction"]))) for row in rows})
+        fail(f"{origin}: no prediction is one of {', '.join(labels)}; there are {seen[:5]}.")
+    used = {name for name in column.values() if name}
+    further = [name for name in dict.fromkeys(key for row in rows for key in row)]
+    ids = [str(row.get(column["id"])) if column["id"] else str(n) for n, row in enumerate(rows, 1)]
+    return Run(
+        name=strategy,
+        origin=origin,
+        labels=labels,
+        positive=positive,
+        ids=[plain_cell(name) for name in ids],
+        truth=truth,
+        predicted=predicted,
+        scores=None if None in scores else scores,
+        groups=[groups_of(row.get(column["group"])) if column["group"] else [] for row in rows],
+        texts=[str(row.get(column["text"]) or "") for row in rows] if column["text"] else None,
+        columns={
+            name: [row.get(name) for row in rows]
+            for name in further
+            if name not in used and isinstance(name, str)
+        },
+        record=record,
+    )
+
+
+def label_of(value: Any, labels: list[str], options: dict[str, Any]) -> str | None:
+    """A label's name from a name, a number, or what --label_map says; None for anything else."""
+    text = str(int(value) if isinstance(value, (bool, float)) and value in (0, 1) else value)
+    text = plain_cell(text).strip()
+    text = (options.get("label_map") or {}).get(text, text)
+    by_name = {label.casefold(): label for label in labels}
+    by_number = {str(index): label for index, label in enumerate(labels)}
+    return by_name.get(text.casefold()) or by_number.get(text)
+
+
+def score_of(value: Any, origin: str, number_: int) -> float | None:
+    """A probability, or None for an empty cell."""
+    if value is None or value == "":
+        return None
+    try:
+        score = float(value)
+    except (TypeError, ValueError):
+        score = math.nan
+    if not 0 <= score <= 1:
+        fail(f"{origin}: row {number_} has the score {visible(repr(value))}; it must be 0 to 1.")
+    return score
+
+
+def groups_of(value: Any) -> list[str]:
+    """The groups of a cell: a list, or names parted by `|`; a list as text is read as one."""
+    if isinstance(value, str) and value.startswith("["):
+        try:
+            value = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            value = [value]
+    words = value if isinstance(value, list) else str(value or "").split("|")
+    names = [plain_cell(str(word)).strip() for word in words]
+    absent = {"", "none", "nan", "null", NO_TARGET}
+    return list(dict.fromkeys(name for name in names if name.casefold() not in absent))
+
+
+def plain_cell(text: str) -> str:
+    """A cell of ours without the apostrophe that keeps spreadsheets from computing it."""
+    if text.startswith("'") and text[1:].lstrip(" ").startswith(FORMULA_SIGNS):
+        return text[1:]
+    return text
 
 
 # --- files -----------------------------------------------------------------------------------
@@ -2624,6 +3789,9 @@ def build_record(
         "base_model": base,
         "base_only": args.base_only,
         "dataset": dataset,
+        "labels": task.labels,
+        "positive_label": task.positive,
+        "groups": task.groups,
         "split": None if args.test_file else args.split,
         "test_file": test_file,
         "prompt": task.prompt,
