@@ -3474,7 +3474,7 @@ def find_evaluation(argument: str, eval_name: str) -> tuple[Path, str]:
         there = sorted({file.split("/")[1] for file in files if re.match("eval/[^/]+/", file)})
         fail(
             f"{repo_name} holds no evaluation {eval_name!r}. There are: "
-            f"{', '.join(there) or 'none'}. Name it as {repo_name}/NAME, or evaluate with {EVALUATE}."
+            f"{', '.join(there) or 'none'}. Name it as {repo_name}/NAME, or run {EVALUATE}."
         )
     return folder, f"{repo_name}/{eval_name}"
 
