@@ -17,39 +17,1157 @@
 # name = "hsd-compare"
 # secrets = ["HF_TOKEN"]
 # ///
-"""Compare runs on the same posts."""
+"""Compare runs on the same posts: what differs by more than chance, overall and per group.
+
+Reads:  two or more runs: adapter repos (user/hsd-lora[@revision], user/hsd-lora/EVALUATION) or
+        folders with predictions of eval/eval.py, or files of predictions (.csv, .parquet, .jsonl:
+        id, true label, predicted label or score, groups).
+Writes: --output_dir: compare.md, compare.json and changed.csv (the posts that are decided
+        otherwise, without text). Nothing is pushed.
+
+    uv run eval/compare.py user/hsd-lora user/hsd-lora-r64
+    uv run eval/compare.py ./a.csv ./b.csv --require 'vs_1.f1>=0' --strict
+
+The first run is compared with every other, by exact McNemar tests and a paired bootstrap. Runs
+that differ only in their seed are pooled; --pool says so of files. Exit 3: a --require fails.
+"""
 
 from __future__ import annotations
 
+import argparse
+import ast
+import contextlib
+import csv
+import difflib
+import hashlib
+import io
+import itertools
+import json
+import logging
 import math
 import operator
+import os
 import re
 import sys
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any, NoReturn
 
 SCRIPT = "eval/compare.py"
-# With fewer posts than this below the line a rate is counted, but nothing is concluded from it.
-MIN_DENOMINATOR = 20
+SCHEMA = 1
+CONTRACT = "contract.json"
+# Variables with these names are read as they stand; every other flag is HSD_<FLAG>, because an
+# unprefixed SEED or TASK in somebody's shell must not change an audited run.
+PLAIN_VARIABLES = ("DATASET_REPO", "HUB_MODEL_ID", "MAX_STEPS")
+LABELS, POSITIVE_LABEL = ["normal", "hate"], "hate"
+# The row of the posts that are aimed at no group.
+NO_TARGET = "no_target"
+# The last four are the wide forms, which some spreadsheets also read.
+FORMULA_SIGNS = tuple("=+-@\t\r\n\uff1d\uff0b\uff0d\uff20")
+CONFUSION = ("true_positive", "true_negative", "false_positive", "false_negative")
+# Better when lower.
+ERRORS = ("false_positive_rate", "false_negative_rate", "brier", "ece")
+# Arguments of a training that its result does not depend on, or that stand in the contract as the
+# commit that they led to.
+LOOSE_ARGUMENTS = {
+    *("hub_model_id", "run_name", "output_dir", "save_minutes", "keep_checkpoints", "report_to"),
+    *("stop_after", "hub_patience", "fresh", "relay", "budget", "reclaim_storage"),
+    *("squash_history", "config_file", "preset", "allow_public", "allow_cpu", "log_level"),
+    *("disable_tqdm", "logging_first_step", "logging_steps", "dataloader_num_workers"),
+    *("dataloader_pin_memory", "dataloader_prefetch_factor", "dataloader_persistent_workers"),
+    *("model_name_or_path", "model_revision", "dataset_repo", "train_file", "validation_file"),
+}
+SEEDS = {"seed", "data_seed"}
+# How posts are scored: runs of one recipe have these in common, too.
+EVALUATION_SETTINGS = (
+    *("base_only", "mode", "threshold", "prompt", "max_length", "dtype", "load_in_4bit"),
+    *("keep_mxfp4", "max_samples"),
+)
+# What recipes are compared by, and its words.
+POOLED = {
+    "f1": "F1",
+    "false_positive_rate": "false positive rate",
+    "false_negative_rate": "false negative rate",
+    "roc_auc": "AUROC",
+}
+LIMITS_OF_COMPARISON = (
+    "Intervals of a difference (95 %, paired bootstrap) and p-values (exact McNemar) say how far "
+    "it could move if other posts of the same kind were drawn. They know nothing of another seed: "
+    "of two checkpoints they tell which decides better, not which recipe trains better.",
+    "Recipes are compared over their seeds on these same posts (Welch's t interval). With few "
+    "seeds it is wide, and it knows nothing of other posts.",
+    "p-values are corrected (Holm) over all groups, both error rates and all pairs. What is not "
+    "named as better is not shown to be equal; the intervals say what can be excluded.",
+    "An answer without label counts as wrong. A post that is aimed at several groups counts in "
+    "each of them.",
+    "Whoever picks the best of several runs by this table overrates it: choose on validation "
+    "posts, and read the test split once.",
+)
 
 
-def number(value: float | None, n: int, reason: str) -> dict[str, Any]:
-    """A figure without interval as yet; null with a reason where undefined."""
-    undefined = value is None or math.isnan(value)
-    return {
-        "value": None if undefined else float(value),
-        "n": n,
-        "low": None,
-        "high": None,
-        "reason": reason if undefined else None,
+def build_comparison_parser() -> Parser:
+    """The flags; the runs themselves are `args.runs`."""
+    switch: dict[str, Any] = {"type": boolean, "nargs": "?", "const": True, "default": False}
+    parser = Parser(prog=SCRIPT, description=__doc__)
+    parser.usage = "%(prog)s RUN RUN [RUN ...] [flags]"
+    runs = parser.add_argument_group("runs")
+    runs.add_argument("--eval_name", default="test", help="folder below eval/ of a repo or folder")
+    runs.add_argument(
+        *("--pool",),
+        nargs="+",
+        action=Collect,
+        help="A,B,C: runs that differ only in their seed; repeatable",
+    )
+    runs.add_argument("--seed", type=int, default=42, help="of the resamples")
+    gates = parser.add_argument_group("requirements on the first run")
+    gates.add_argument(
+        *("--require",),
+        nargs="+",
+        action=Collect,
+        help="such as 'f1>=0.62', 'lgbtq.fpr<=0.4', 'gap.fpr<=0.1', 'vs_1.f1>=0'; repeatable",
+    )
+    gates.add_argument("--strict", **switch, help="test the bad end of the interval")
+    files = parser.add_argument_group("files of predictions")
+    files.add_argument("--labels", nargs="+", default=LABELS, help="with a comma between them")
+    files.add_argument("--positive_label", default=POSITIVE_LABEL)
+    files.add_argument("--label_map", type=json_object, help='names: {"theirs": "hate"}')
+    files.add_argument("--threshold", type=float, default=0.5, help="where there are only scores")
+    for name in COLUMNS:
+        files.add_argument(f"--{name}_column", help=f"column of the {name} (found by its name)")
+    output = parser.add_argument_group("output")
+    output.add_argument("--output_dir", default="./hsd-compare")
+    output.add_argument("--config_file", help="JSON or YAML file of these flags")
+    return parser
+
+
+class Collect(argparse.Action):
+    """Repeatable: the values of all its occurrences, as they stand, in a tuple."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        earlier = getattr(namespace, self.dest)
+        setattr(namespace, self.dest, (*(earlier if isinstance(earlier, tuple) else ()), *values))
+
+
+def json_object(text: str) -> dict[str, str]:
+    """A JSON object of names."""
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f"{text!r} is no JSON object")
+    return {str(key): str(name) for key, name in value.items()}
+
+
+def split_runs(parser: Parser, words: list[str]) -> tuple[list[str], list[str]]:
+    """The words that are runs, and those of flags.
+
+    On the command line a flag has one value, so that runs may stand before, between and after.
+    """
+    runs: list[str] = []
+    flags: list[str] = []
+    actions = {name: action for action in parser._actions for name in action.option_strings}
+    following = iter(words)
+    for word in following:
+        if not word.startswith("-") or word == "-":
+            runs.append(word)
+            continue
+        flags.append(word)
+        name, equals, _ = word.partition("=")
+        action = actions.get("--" + name.removeprefix("--").replace("-", "_"))
+        if action is None or equals or action.nargs == 0:
+            continue
+        value = next(following, None)
+        if value is not None and action.nargs == "?" and value.lower() not in BOOLEANS:
+            runs += [] if value.startswith("-") else [value]
+            flags += [value] if value.startswith("-") else []
+        elif value is not None:
+            flags.append(value)
+    return runs, flags
+
+
+BOOLEANS = ("0", "1", "true", "false")
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = build_comparison_parser()
+    runs, flags = split_runs(parser, sys.argv[1:] if argv is None else argv)
+    args = resolve_arguments(parser, flags)
+    args.pool = [[word.strip() for word in one.split(",")] for one in args.pool or ()]
+    args.require = list(args.require or ())
+    for text in args.require:
+        parse_requirement(text)
+    pooled = [one for pool in args.pool for one in pool]
+    for one in [*runs, *pooled]:
+        if runs.count(one) > 1 or pooled.count(one) > 1 or not one:
+            fail(f"the run {one!r} is named twice. Name each run once.")
+    args.runs = list(dict.fromkeys([*runs, *pooled]))
+    if any(len(pool) < 2 for pool in args.pool):
+        fail("--pool takes two or more runs with a comma between them: --pool ./a.csv,./b.csv.")
+    if not args.runs:
+        fail("name the runs to compare: adapter repos, folders or files of predictions.")
+    if args.positive_label not in args.labels or len(args.labels) < 2:
+        fail(
+            f"--positive_label {args.positive_label} and another label must be among --labels, "
+            f"which are {', '.join(args.labels)}."
+        )
+    if not 0 <= args.threshold <= 1:
+        fail(f"--threshold {args.threshold} is no probability.")
+    return args
+
+
+def main(argv: list[str] | None = None) -> None:
+    quiet_libraries()
+    args = parse_args(argv)
+    runs = name_runs(read_all(args))
+    traces = [trace(run) for run in runs]
+    runs, posts = align(runs)
+    notes = [*posts.notes, *compare_records(runs), *count_reads(runs, traces)]
+    metrics = compare_runs(runs, args.seed)
+    recipes = build_recipes(args, runs, traces, metrics)
+    between = compare_recipes(recipes, metrics["positive_label"])
+    verdicts = [describe_pair(one, metrics, recipes) for one in metrics["comparisons"]]
+    judged = judge(metrics, args.require, args.strict)
+    comparison = {
+        **stage_record("comparison", SCRIPT, args, [one.adapter for one in traces if one.adapter]),
+        "posts": {"shared": metrics["n"], "left_out": posts.left_out, "repeated": posts.repeated},
+        "notes": notes,
+        "runs": describe_runs(runs, traces, recipes),
+        "metrics": metrics,
+        "verdicts": verdicts,
+        "recipes": [vars(one) for one in recipes],
+        "recipe_comparisons": between,
+        "requirements": judged,
+    }
+    sections = build_sections(comparison)
+    write_comparison(Path(args.output_dir).expanduser(), comparison, sections, runs)
+    print_sections(sections)
+    print(f"\ncomparison: {Path(args.output_dir) / 'compare.md'}", flush=True)
+    failing = [one for one in judged if not one["holds"]]
+    if failing:
+        fail(f"{len(failing)} of {len(judged)} requirements fail; see the table above.", code=3)
+
+
+# --- runs and their posts --------------------------------------------------------------------
+
+
+def read_all(args: argparse.Namespace) -> list[Run]:
+    """The runs of all arguments, in their order."""
+    options = {
+        "labels": args.labels,
+        "positive": args.positive_label,
+        "label_map": args.label_map,
+        "threshold": args.threshold,
+    }
+    options |= {name: vars(args)[f"{name}_column"] for name in COLUMNS}
+    pooled = {one for pool in args.pool for one in pool}
+    runs: list[Run] = []
+    for argument in args.runs:
+        found = read_runs(argument, args.eval_name, options)
+        if argument in pooled and len(found) > 1:
+            fail(
+                f"--pool {argument}: it holds {len(found)} strategies "
+                f"({', '.join(visible(run.name) for run in found)}); pool files of one each."
+            )
+        runs += found
+    if len(runs) < 2:
+        fail(
+            f"there is one run only, {visible(runs[0].name)}. Name another one to compare it with."
+        )
+    return runs
+
+
+def name_runs(runs: list[Run]) -> list[Run]:
+    """Runs by names that differ: where two are called the same, by what was asked for."""
+    names = Counter(run.name for run in runs)
+    strategies = Counter(run.origin for run in runs)
+    named = []
+    for run in runs:
+        name = run.name
+        if names[name] > 1:
+            name = run.origin if strategies[run.origin] == 1 else f"{run.origin}:{name}"
+        named.append(replace(run, name=name))
+    return named
+
+
+@dataclass(frozen=True)
+class Posts:
+    """What came of aligning: posts left out by run, posts of repeated ids, what is to be said."""
+
+    left_out: dict[str, int]
+    repeated: int
+    notes: list[str]
+
+
+def numbered_ids(ids: list[str]) -> list[tuple[str, int]]:
+    """Each id with how often it stood before: a repeated id names several posts."""
+    seen: Counter[str] = Counter()
+    keys = []
+    for name in ids:
+        keys.append((name, seen[name]))
+        seen[name] += 1
+    return keys
+
+
+def align(runs: list[Run]) -> tuple[list[Run], Posts]:
+    """The runs on the posts that all of them have, in the order of the first run."""
+    keys = [numbered_ids(run.ids) for run in runs]
+    places = [{key: index for index, key in enumerate(some)} for some in keys]
+    shared = [key for key in keys[0] if all(key in place for place in places)]
+    if not shared:
+        fail(
+            f"the runs share no post: {', '.join(shown_ids(run) for run in runs)}. Runs are "
+            "compared on posts of the same id; name its column with --id_column."
+        )
+    aligned = [
+        pick_posts(run, [place[key] for key in shared])
+        for run, place in zip(runs, places, strict=True)
+    ]
+    left_out = {run.name: len(run.ids) - len(shared) for run in runs if len(run.ids) > len(shared)}
+    notes = []
+    if left_out:
+        words = ", ".join(f"{count} of {visible(name)}" for name, count in left_out.items())
+        notes.append(f"Posts that not all runs have are left out: {words}.")
+    repeated = sum(number_ > 0 for _, number_ in shared)
+    if repeated:
+        notes.append(f"{repeated} posts repeat an earlier id; they are matched by their order.")
+    for run in aligned:
+        if lost := run.predicted.count(None):
+            notes.append(f"{visible(run.name)} gave {lost} answers without label: wrong ones.")
+    check_same_labels(aligned)
+    notes += check_same_texts(aligned)
+    aligned, more = settle_groups(aligned)
+    return aligned, Posts(left_out, repeated, [*notes, *more])
+
+
+def shown_ids(run: Run) -> str:
+    return f"{visible(run.name)} has {len(run.ids)}, such as {visible(run.ids[0])!r}"
+
+
+def pick_posts(run: Run, indices: list[int]) -> Run:
+    """A run on some of its posts."""
+
+    def pick(values: list[Any] | None) -> list[Any] | None:
+        return None if values is None else [values[index] for index in indices]
+
+    columns = {name: pick(values) for name, values in run.columns.items()}
+    lists = ("ids", "truth", "predicted", "scores", "groups", "texts")
+    return replace(run, columns=columns, **{name: pick(getattr(run, name)) for name in lists})
+
+
+def check_same_labels(runs: list[Run]) -> None:
+    """End where runs know other labels, or where a post's true label differs."""
+    first = runs[0]
+    for run in runs[1:]:
+        if {*run.labels} != {*first.labels} or run.positive != first.positive:
+            fail(
+                f"{visible(run.name)} has the labels {', '.join(run.labels)} (positive: "
+                f"{run.positive}), and {visible(first.name)} has {', '.join(first.labels)} "
+                f"({first.positive}). Runs of one task can be compared."
+            )
+        pairs = zip(first.ids, first.truth, run.truth, strict=True)
+        differing = [name for name, one, other in pairs if one != other]
+        if differing:
+            fail(
+                f"the true labels of {len(differing)} of {len(first.ids)} posts differ between "
+                f"{visible(first.name)} and {visible(run.name)}, for example of "
+                f"{', '.join(visible(name) for name in differing[:3])}. Evaluate both on the "
+                "same commit of the dataset."
+            )
+
+
+def check_same_texts(runs: list[Run]) -> list[str]:
+    """End where the same id stands for other posts; say where a few texts differ."""
+    with_text = [run for run in runs if run.texts]
+    notes = []
+    for run in with_text[1:]:
+        pairs = zip(with_text[0].texts or [], run.texts or [], strict=True)
+        differing = sum(
+            plain_cell(one).split() != plain_cell(other).split() for one, other in pairs
+        )
+        names = f"{visible(with_text[0].name)} and {visible(run.name)}"
+        if differing > len(run.ids) / 2:
+            fail(
+                f"{differing} of {len(run.ids)} posts of the same id have another text in {names}: "
+                "the ids do not name the same posts. Name the ids' column with --id_column."
+            )
+        if differing:
+            notes.append(f"{differing} posts of the same id have another text in {names}.")
+    return notes
+
+
+def settle_groups(runs: list[Run]) -> tuple[list[Run], list[str]]:
+    """Give all runs the groups of the first one that has any, and say where others differ."""
+    known = [run for run in runs if any(run.groups)]
+    if not known:
+        return runs, ["No run says which groups posts are aimed at; only all posts are compared."]
+    source, notes = known[0], []
+    for run in known[1:]:
+        pairs = zip(source.groups, run.groups, strict=True)
+        differing = sum({*one} != {*other} for one, other in pairs)
+        if differing:
+            notes.append(
+                f"The groups of {differing} posts differ between {visible(source.name)}, whose "
+                f"groups are used, and {visible(run.name)}."
+            )
+    return [replace(run, groups=source.groups) for run in runs], notes
+
+
+# --- where runs come from --------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Trace:
+    """The adapter behind a run, where the argument names its repo or folder.
+
+    `contract` is the adapter's, or empty where it is not known or of another training. `records`
+    are those of all evaluations that its repo holds.
+    """
+
+    adapter: Repo | None = None
+    contract: dict[str, Any] = field(default_factory=dict)
+    records: list[dict[str, Any]] = field(default_factory=list)
+
+
+def trace(run: Run) -> Trace:
+    """Find the adapter of a run, what trained it, and how often it was evaluated."""
+    adapter = find_adapter(run.origin) if run.record else None
+    if adapter is None:
+        return Trace()
+    folder = adapter.fetch(CONTRACT, f"eval/*/{CONTRACT}")
+    records = [
+        read_record(file.parent, f"{adapter.name}/{file.parent.name}")
+        for file in sorted(folder.glob(f"eval/*/{CONTRACT}"))
+    ]
+    contract = read_record(folder, adapter.name)
+    evaluated = (run.record.get("training") or {}).get("run_sha256")
+    if contract.get("stage") != "adapter" or contract["training"]["run_sha256"] != evaluated:
+        print(f"{adapter.name} was trained anew after {run.name}: its arguments are not read")
+        contract = {}
+    return Trace(adapter, contract, records)
+
+
+def find_adapter(origin: str) -> Repo | None:
+    """The adapter repo or folder that an argument names; None for other folders."""
+    if is_folder(origin):
+        place = Path(origin).expanduser().resolve()
+        for folder in (place, place.parent.parent):
+            if read_record(folder, origin).get("stage") == "adapter":
+                return Repo(origin, "model", None, folder)
+        return None
+    name, _, revision = origin.partition("@")
+    name = "/".join(name.split("/")[:2])
+    return open_repo(f"{name}@{revision}" if revision else name, "model")
+
+
+def posts_read(record: dict[str, Any]) -> Any:
+    """What an evaluation read: dataset commit and split, or a file."""
+    return [record.get(key) for key in ("dataset", "split", "test_file")]
+
+
+def pinned_name(repo: dict[str, Any] | None) -> str:
+    """A contract's record of a repo as text, with the beginning of its commit or hash."""
+    if not repo:
+        return "none"
+    mark = repo.get("revision") or repo.get("sha256")
+    return f"{repo.get('repo')}@{mark[:8]}" if mark else str(repo.get("repo"))
+
+
+def compare_records(runs: list[Run]) -> list[str]:
+    """Say where the runs' evaluations differ: dataset commit, split, how posts are scored."""
+    recorded = [run for run in runs if run.record]
+    notes = []
+    if recorded and len(recorded) < len(runs):
+        names = ", ".join(visible(run.name) for run in runs if not run.record)
+        notes.append(f"Without contract.json, so of unknown posts and settings: {names}.")
+    readers: dict[str, Callable[[dict[str, Any]], Any]] = {
+        "dataset": lambda record: pinned_name(record.get("dataset")),
+        "split": lambda record: record.get("split") or "a file",
+        "evaluation": lambda record: record.get("name"),
+    }
+    for name in EVALUATION_SETTINGS:
+        readers[name] = lambda record, name=name: (record.get("arguments") or {}).get(name)
+    for name, read in readers.items():
+        values = {visible(run.name): visible(str(read(run.record))) for run in recorded}
+        if len({*values.values()}) > 1:
+            words = ", ".join(f"{value} ({run})" for run, value in values.items())
+            notes.append(f"The runs differ in {name}: {words}.")
+    return notes
+
+
+def count_reads(runs: list[Run], traces: list[Trace]) -> list[str]:
+    """Warn where these posts were evaluated more often than once per adapter."""
+    adapters = {one.adapter.name: one for one in traces if one.adapter}
+    reads = {
+        name: max(reads_of(run, one) for run, one in zip(runs, traces, strict=True) if one == found)
+        for name, found in adapters.items()
+    }
+    if not reads or sum(reads.values()) <= len(reads):
+        return []
+    words = ", ".join(f"{count} by {visible(name)}" for name, count in reads.items())
+    return [
+        f"These posts were evaluated {sum(reads.values())} times ({words}): a run that was chosen "
+        "for its figures here is overrated by them."
+    ]
+
+
+def reads_of(run: Run, found: Trace) -> int:
+    """How many evaluations in the adapter's repo are of this run's posts."""
+    return sum(posts_read(record) == posts_read(run.record) for record in found.records)
+
+
+def training_arguments(contract: dict[str, Any]) -> dict[str, Any]:
+    """What a training's result depends on, by name."""
+    arguments = {
+        name: value
+        for name, value in flat_arguments(contract).items()
+        if name not in LOOSE_ARGUMENTS
+    }
+    return arguments | {
+        "task": contract.get("task"),
+        "base_model": pinned_name(contract.get("base_model")),
+        "dataset": pinned_name(contract.get("dataset")),
+        "prompt": (contract.get("prompt") or {}).get("name"),
+        "precision": contract["training"].get("precision"),
+        "state": contract["training"].get("state"),
     }
 
 
-def visible(text: str, most: int = 60) -> str:
-    """Text as shown to people: control and direction characters as escapes, long text cut."""
-    text = "".join(
-        char if char.isprintable() else char.encode("unicode_escape").decode() for char in text
+def changed_arguments(traces: list[Trace]) -> list[dict[str, Any] | None]:
+    """Of each run the training arguments that not all runs have in common; None if not known."""
+    known = [training_arguments(one.contract) for one in traces if one.contract]
+    names = [
+        name
+        for name in dict.fromkeys(name for one in known for name in one)
+        if len({json.dumps(one.get(name)) for one in known}) > 1
+    ]
+    return [
+        {name: found.get(name) for name in names}
+        if (found := one.contract and training_arguments(one.contract))
+        else None
+        for one in traces
+    ]
+
+
+def dollars_of(found: Trace) -> float | None:
+    """What the training's Jobs cost; None where the contract records no cost."""
+    relay = (found.contract.get("training") or {}).get("relay") or {}
+    return relay.get("spent_usd") or None
+
+
+def describe_runs(
+    runs: list[Run], traces: list[Trace], recipes: list[Recipe]
+) -> list[dict[str, Any]]:
+    """Where each run comes from, as compare.json and the tables hold it."""
+    changed = changed_arguments(traces)
+    return [
+        {
+            "name": run.name,
+            "argument": run.origin,
+            "adapter": one.adapter and one.adapter.as_input(),
+            "dataset": run.record.get("dataset"),
+            "split": run.record.get("split"),
+            "evaluation": run.record.get("name"),
+            "unparsed": run.predicted.count(None),
+            "changed_arguments": arguments,
+            "dollars": dollars_of(one),
+            "test_reads": reads_of(run, one) if one.adapter else None,
+            "recipe": next((item.name for item in recipes if run.name in item.runs), None),
+        }
+        for run, one, arguments in zip(runs, traces, changed, strict=True)
+    ]
+
+
+# --- pairs of runs ---------------------------------------------------------------------------
+
+
+def compare_runs(runs: list[Run], seed: int) -> dict[str, Any]:
+    """Figures of each run and the differences of the first one from all others, in the form of
+    metrics.json.
+
+    Each pair is resampled by itself, so that its intervals are the same whoever else is compared.
+    """
+    first = runs[0]
+    groups = next((run.record["groups"] for run in runs if run.record.get("groups")), [])
+    members = group_members([{"target_groups": names} for names in first.groups], groups)
+    members = {name: posts for name, posts in members.items() if posts}
+    strategies: list[dict[str, Any]] = []
+    comparisons = []
+    for other in runs[1:]:
+        answers = [Answers(run.name, "run", run.predicted, run.scores) for run in (first, other)]
+        sample = build_sample(first.labels, first.positive, first.truth, members, answers)
+        pair = (first.name, other.name)
+        counted = count_intervals(sample, [pair], seed)
+        ranked = rank_intervals(sample, [pair], seed)
+        strategies += [
+            build_strategy(sample, one, ranked, counted, seed)
+            for one in answers[bool(strategies) :]
+        ]
+        comparisons.append(build_comparison(sample, *pair, counted, ranked))
+    correct_over_pairs(comparisons)
+    return {
+        "schema": SCHEMA,
+        "labels": first.labels,
+        "positive_label": first.positive,
+        "negative": name_of_negative(first.labels, first.positive),
+        "n": len(first.ids),
+        "label_counts": {label: first.truth.count(label) for label in first.labels},
+        "resamples": RESAMPLES,
+        "min_denominator": MIN_DENOMINATOR,
+        "strategies": strategies,
+        "comparisons": comparisons,
+    }
+
+
+def correct_over_pairs(comparisons: list[dict[str, Any]]) -> None:
+    """Add `p_holm_pairs`: p corrected over all pairs too, since each is one more chance to err.
+
+    Accuracies are one family; error rates of groups are the other.
+    """
+    accuracy = {
+        (index, "accuracy"): one["overall"]["accuracy"] for index, one in enumerate(comparisons)
+    }
+    rates = {
+        (index, group, rate): figure
+        for index, one in enumerate(comparisons)
+        for group, figures in one["groups"].items()
+        for rate, figure in figures.items()
+        if "p" in figure
+    }
+    for family in (accuracy, rates):
+        adjusted = holm({key: figure["p"] for key, figure in family.items()})
+        for key, p in adjusted.items():
+            family[key]["p_holm_pairs"] = p
+
+
+def words_of(name: str) -> str:
+    """A figure's or group's name as it stands in a sentence."""
+    names = {"f1": "F1", "roc_auc": "AUROC", "mcc": "Matthews' coefficient"}
+    return names.get(name, name.replace("_", " "))
+
+
+def orient(figure: dict[str, Any], key: str) -> tuple[bool, tuple[float, float, float]]:
+    """Whether a difference favours the first, and by how many points, with the interval's ends."""
+    sign = -1 if key in ERRORS else 1
+    ends = [100 * sign * figure[end] for end in ("value", "low", "high")]
+    favours = ends[0] > 0
+    if not favours:
+        ends = [-end for end in ends]
+    return favours, (ends[0], min(ends[1:]), max(ends[1:]))
+
+
+def find_claims(one: dict[str, Any], p_key: str) -> list[dict[str, Any]]:
+    """The differences of a comparison that are shown: p below 5 % and an interval without 0."""
+    places = {"overall": one["overall"], **one["groups"]}
+    claims = []
+    for place, figures in places.items():
+        for key, figure in figures.items():
+            if figure.get(p_key, 1) >= 0.05 or figure["low"] is None:
+                continue
+            favours, (points, low, high) = orient(figure, key)
+            if low <= 0:
+                continue
+            pair = (one["first"], one["second"])
+            better, worse = pair if favours else pair[::-1]
+            claims.append(
+                {
+                    "better": better,
+                    "worse": worse,
+                    "place": place,
+                    "figure": key,
+                    "points": points,
+                    "low": low,
+                    "high": high,
+                    "p": figure[p_key],
+                }
+            )
+    return claims
+
+
+def name_insufficient(one: dict[str, Any]) -> list[dict[str, Any]]:
+    """The groups' error rates that have too few posts to conclude anything from."""
+    return [
+        {"group": group, "figure": rate, "n": figures[rate]["n"]}
+        for group, figures in one["groups"].items()
+        for rate in ("false_positive_rate", "false_negative_rate")
+        if figures[rate]["n"] < MIN_DENOMINATOR
+    ]
+
+
+def place_words(place: str, key: str) -> str:
+    if place == "overall":
+        return f"overall {words_of(key)}"
+    return f"{'no target' if place == NO_TARGET else visible(place)} {words_of(key)}"
+
+
+def points_words(points: float, low: float, high: float) -> str:
+    return f"{points:.1f} points [{low:.1f}, {high:.1f}]"
+
+
+def describe_claims(claims: list[dict[str, Any]]) -> str:
+    """`B is better than A on X by 6.1 points [1.2, 11.0] and on Y by ...`, a part for each side."""
+    sides: dict[tuple[str, str], list[str]] = {}
+    for claim in claims:
+        what = place_words(claim["place"], claim["figure"])
+        by = points_words(claim["points"], claim["low"], claim["high"])
+        sides.setdefault((claim["better"], claim["worse"]), []).append(f"on {what} by {by}")
+    return "; ".join(
+        f"{visible(better)} is better than {visible(worse)} {' and '.join(parts)}"
+        for (better, worse), parts in sides.items()
     )
-    return text if len(text) <= most else f"{text[: most - 1]}…"
+
+
+def describe_pair(
+    one: dict[str, Any], metrics: dict[str, Any], recipes: list[Recipe]
+) -> dict[str, Any]:
+    """The verdict on two runs, in words; one checkpoint each says nothing of recipes."""
+    claims, few = find_claims(one, "p_holm_pairs"), name_insufficient(one)
+    first, second = visible(one["first"]), visible(one["second"])
+    if claims:
+        words = f"These two checkpoints differ: {describe_claims(claims)}; no evidence of change "
+        words += "elsewhere (tested: overall accuracy, and both error rates of each group)."
+    else:
+        accuracy = one["overall"]["accuracy"]
+        higher, (points, low, high) = first, (0.0, 0.0, 0.0)
+        if accuracy["low"] is not None:
+            favours, (points, low, high) = orient(accuracy, "accuracy")
+            higher = first if favours else second
+        words = f"No evidence that {first} and {second} differ"
+        if points:
+            words += f" (accuracy of {higher} higher by {points_words(points, low, high)}, "
+            words += f"p = {accuracy['p']:.2g})"
+        words += "."
+    if few:
+        listed = ", ".join(
+            f"{place_words(item['group'], item['figure'])} ({item['n']})" for item in few
+        )
+        words += f" Insufficient, with fewer than {MIN_DENOMINATOR} posts: {listed}."
+    shared = [item for item in recipes if {one["first"], one["second"]} <= {*item.runs}]
+    if shared:
+        words += " They are two seeds of one recipe."
+    return {
+        **{key: one[key] for key in ("first", "second", "n", "changed")},
+        "claims": claims,
+        "insufficient": few,
+        "words": words,
+    }
+
+
+# --- recipes ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Runs that differ only in their seed, and by place and figure what their seeds make of it."""
+
+    name: str
+    runs: list[str]
+    seeds: list[Any]
+    arguments: dict[str, Any]
+    figures: dict[str, dict[str, dict[str, Any]]]
+
+
+def recipe_key(run: Run, found: Trace) -> str | None:
+    """What runs of one recipe have in common; None where that is not known."""
+    if not found.contract or run.record.get("base_only"):
+        return None
+    arguments = training_arguments(found.contract)
+    trained = {name: value for name, value in arguments.items() if name not in SEEDS}
+    settings = run.record.get("arguments") or {}
+    scored = {name: settings.get(name) for name in EVALUATION_SETTINGS}
+    return json.dumps([trained, scored, posts_read(run.record)], sort_keys=True)
+
+
+def build_recipes(
+    args: argparse.Namespace, runs: list[Run], traces: list[Trace], metrics: dict[str, Any]
+) -> list[Recipe]:
+    """The recipes of two and more seeds; --pool decides for the runs that it names.
+
+    Of several runs with one seed the first counts.
+    """
+    found: dict[str, dict[Any, int]] = {}
+    pools = {one: number_ for number_, pool in enumerate(args.pool) for one in pool}
+    for index, (run, one) in enumerate(zip(runs, traces, strict=True)):
+        key, seed = recipe_key(run, one), None
+        if key:
+            seed = flat_arguments(one.contract).get("seed")
+        if run.origin in pools:
+            key, seed = f"pool {pools[run.origin]}", run.name
+        if key is None:
+            continue
+        if seed in found.setdefault(key, {}):
+            other = runs[found[key][seed]].name
+            print(f"{run.name} has the seed of {other}: it is no further seed of its recipe")
+            continue
+        found[key][seed] = index
+    changed = changed_arguments(traces)
+    recipes = []
+    for members in (some for some in found.values() if len(some) > 1):
+        names = [runs[index].name for index in members.values()]
+        arguments = changed[next(iter(members.values()))] or {}
+        strategies = [one for one in metrics["strategies"] if one["name"] in names]
+        recipes.append(
+            Recipe(
+                f"recipe {len(recipes) + 1}",
+                names,
+                [None if seed in names else seed for seed in members],
+                {name: value for name, value in arguments.items() if name not in SEEDS},
+                pool_figures(strategies, metrics["positive_label"]),
+            )
+        )
+    return recipes
+
+
+def figures_at(strategy: dict[str, Any], place: str) -> dict[str, Any]:
+    """A run's figures in a group or over all posts; an answer without label counts as wrong."""
+    if strategy["unparsed"]:
+        return strategy["unparsed"]["as_errors"][place]
+    return strategy["overall"] if place == "overall" else strategy["groups"][place]
+
+
+def pool_figures(
+    strategies: list[dict[str, Any]], positive: str
+) -> dict[str, dict[str, dict[str, Any]]]:
+    """By place and figure: the seeds' values, their mean and standard deviation (n - 1)."""
+    import numpy as np
+
+    pooled: dict[str, dict[str, dict[str, Any]]] = {}
+    for place in ("overall", *strategies[0]["groups"]):
+        pooled[place] = {}
+        for key in POOLED:
+            name = f"f1_{positive}" if key == "f1" else key
+            figures = [figures_at(one, place)[name] for one in strategies]
+            values = [figure["value"] for figure in figures]
+            reason = next((figure["reason"] for figure in figures if figure["reason"]), None)
+            n = min(figure["n"] for figure in figures)
+            if reason is None and n < MIN_DENOMINATOR:
+                reason = f"insufficient ({n} posts)"
+            known = reason is None
+            pooled[place][key] = {
+                "values": values,
+                "mean": float(np.mean(values)) if known else None,
+                "sd": float(np.std(values, ddof=1)) if known else None,
+                "n": n,
+                "reason": reason,
+            }
+    return pooled
+
+
+def welch(first: list[float], second: list[float]) -> dict[str, Any]:
+    """Difference of two means with its 95 % t interval and p-value for unequal variances (Welch
+    1947); without them where no seed makes a difference."""
+    import numpy as np
+    from scipy.stats import ttest_ind
+
+    value = float(np.mean(first) - np.mean(second))
+    empty = {"value": value, "low": None, "high": None, "p": None}
+    # Values that agree but for their last bits have no variance to speak of.
+    if max(np.std(first), np.std(second)) < 1e-12:
+        return empty
+    test = ttest_ind(first, second, equal_var=False)
+    low, high = test.confidence_interval(0.95)
+    return {"value": value, "low": float(low), "high": float(high), "p": float(test.pvalue)}
+
+
+def compare_recipes(recipes: list[Recipe], positive: str) -> list[dict[str, Any]]:
+    """Differences between recipes of several seeds each, and what they say in words."""
+    compared: list[dict[str, Any]] = []
+    p_values = {}
+    for first, second in itertools.combinations(recipes, 2):
+        places: dict[str, dict[str, Any]] = {}
+        for place, figures in first.figures.items():
+            places[place] = {}
+            for key, one in figures.items():
+                other = second.figures[place][key]
+                if one["mean"] is None or other["mean"] is None:
+                    continue
+                figure = places[place][key] = welch(one["values"], other["values"])
+                if figure["p"] is not None:
+                    p_values[len(compared), place, key] = figure["p"]
+        entry = {"first": first.name, "second": second.name, "positive_label": positive}
+        entry |= {"seeds": [len(first.runs), len(second.runs)]}
+        compared.append(entry | {"overall": places.pop("overall"), "groups": places})
+    for (index, place, key), p in holm(p_values).items():
+        one = compared[index]
+        figures = one["overall"] if place == "overall" else one["groups"][place]
+        figures[key]["p_holm"] = p
+    for one in compared:
+        one["claims"] = find_claims(one, "p_holm")
+        first, second = one["first"], one["second"]
+        seeds = f"{one['seeds'][0]} and {one['seeds'][1]} seeds"
+        if one["claims"]:
+            words = f"{describe_claims(one['claims'])} ({seeds}); no evidence of change elsewhere."
+        else:
+            words = f"No evidence that {first} and {second} differ ({seeds})."
+        one["words"] = words[0].upper() + words[1:]
+    return compared
+
+
+# --- output ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Section:
+    """A part of the output: a title, sentences, and a table with its header first."""
+
+    title: str
+    sentences: list[str] = field(default_factory=list)
+    rows: list[list[str]] = field(default_factory=list)
+
+
+def percent_words(figure: dict[str, Any]) -> str:
+    """A figure of 0 to 1 in percent with its interval, where there are posts enough."""
+    if figure["value"] is None:
+        return f"undefined ({visible(figure['reason'])})"
+    if figure["n"] < MIN_DENOMINATOR:
+        return f"insufficient (n = {figure['n']})"
+    if figure["low"] is None:
+        return f"{100 * figure['value']:.1f} %"
+    low, high = 100 * figure["low"], 100 * figure["high"]
+    return f"{100 * figure['value']:.1f} % [{low:.1f}, {high:.1f}]"
+
+
+def p_words(p: float | None) -> str:
+    if p is None:
+        return ""
+    return "<0.001" if p < 0.001 else f"{p:.3f}"
+
+
+def build_sections(comparison: dict[str, Any]) -> list[Section]:
+    """Everything that is printed and written into compare.md, the verdict first."""
+    metrics = comparison["metrics"]
+    sentences = [one["words"] for one in comparison["recipe_comparisons"]]
+    sentences += [one["words"] for one in comparison["verdicts"]]
+    many = any(one["claims"] for one in comparison["verdicts"])
+    if many and not comparison["recipe_comparisons"]:
+        sentences.append(
+            "That is said of these checkpoints only: to call a recipe better, train each with "
+            "several seeds."
+        )
+    return [
+        Section("Verdict", sentences),
+        *requirement_section(comparison),
+        Section("Posts", [describe_posts(metrics), *comparison["notes"]]),
+        Section("Runs", [], run_table(comparison)),
+        Section("Error rates per target group", [], rate_table(metrics)),
+        *[difference_section(one) for one in metrics["comparisons"]],
+        *recipe_sections(comparison),
+        Section("What these figures do not say", [*LIMITS_OF_COMPARISON]),
+    ]
+
+
+def requirement_section(comparison: dict[str, Any]) -> list[Section]:
+    if not comparison["requirements"]:
+        return []
+    first = visible(comparison["runs"][0]["name"])
+    strict = comparison["arguments"]["strict"]
+    words = "the bad end of the interval" if strict else "the value"
+    table = requirement_table(comparison["requirements"])
+    return [Section(f"Requirements on {first}", [f"Tested is {words}."], table)]
+
+
+def describe_posts(metrics: dict[str, Any]) -> str:
+    """How many posts there are of each label, and what the same answer to all would reach."""
+    counts, positive = metrics["label_counts"], metrics["positive_label"]
+    words = ", ".join(f"{count} {visible(label)}" for label, count in counts.items())
+    part = counts[positive] / metrics["n"]
+    return (
+        f"{metrics['n']} posts that all runs have: {words}. Answering {visible(positive)} to all "
+        f"of them would have an F1 of {200 * part / (1 + part):.1f} %."
+    )
+
+
+def run_table(comparison: dict[str, Any]) -> list[list[str]]:
+    """A row per run: its figures, what it cost, and what changed in its training."""
+    metrics = comparison["metrics"]
+    positive = metrics["positive_label"]
+    header = ["run", f"F1 {visible(positive)}", "accuracy", "false positive rate"]
+    header += ["false negative rate", "AUROC", "dollars", "evaluations of these posts"]
+    rows = [[*header, "arguments that differ", "recipe"]]
+    names = (f"f1_{positive}", "accuracy", "false_positive_rate", "false_negative_rate", "roc_auc")
+    for run, strategy in zip(comparison["runs"], metrics["strategies"], strict=True):
+        figures = figures_at(strategy, "overall")
+        cells = [percent_words(figures[name]) for name in names]
+        dollars, reads = run["dollars"], run["test_reads"]
+        cells += ["not recorded" if dollars is None else f"at least {dollars:.2f}"]
+        cells += ["not recorded" if reads is None else str(reads)]
+        arguments = run["changed_arguments"]
+        words = "not recorded" if arguments is None else "none"
+        if arguments:
+            words = ", ".join(f"{name} {value}" for name, value in arguments.items())
+        rows.append([visible(run["name"]), *cells, visible(words, 300), run["recipe"] or ""])
+    # A column that says nothing of any run only widens the table.
+    idle = {"not recorded", ""}
+    kept = [
+        column
+        for column in range(len(rows[0]))
+        if column < 5 or any(row[column] not in idle for row in rows[1:])
+    ]
+    return [[row[column] for column in kept] for row in rows]
+
+
+def rate_table(metrics: dict[str, Any]) -> list[list[str]]:
+    """A row per group and run."""
+    positive = metrics["positive_label"]
+    rows = [["target group", "posts", "run", "false positive rate", "false negative rate"]]
+    rows[0].append(f"F1 {visible(positive)}")
+    for group in metrics["strategies"][0]["groups"]:
+        for strategy in metrics["strategies"]:
+            figures = figures_at(strategy, group)
+            cells = [
+                percent_words(figures[rate])
+                for rate in ("false_positive_rate", "false_negative_rate")
+            ]
+            name = "no target" if group == NO_TARGET else visible(group)
+            cells.append(percent_words(figures[f"f1_{positive}"]))
+            rows.append([name, str(figures["n_total"]), visible(strategy["name"]), *cells])
+    return rows
+
+
+def difference_section(one: dict[str, Any]) -> Section:
+    """A pair's differences: all posts, then every group's error rates."""
+    first, second = visible(one["first"]), visible(one["second"])
+    rows = [["posts", "figure", "n", "difference in points", "p (McNemar)", "p (Holm)", "better"]]
+    shown_ = [("overall", key, figure) for key, figure in one["overall"].items()]
+    shown_ += [
+        (group, rate, figures[rate])
+        for group, figures in one["groups"].items()
+        for rate in ("false_positive_rate", "false_negative_rate")
+    ]
+    claimed = {
+        (claim["place"], claim["figure"]): claim["better"]
+        for claim in find_claims(one, "p_holm_pairs")
+    }
+    for place, key, figure in shown_:
+        if figure["value"] is None:
+            words = f"undefined ({visible(figure['reason'])})"
+        elif place != "overall" and figure["n"] < MIN_DENOMINATOR:
+            words = "insufficient"
+        elif figure["low"] is None:
+            words = f"{100 * figure['value']:+.1f}"
+        else:
+            ends = f"[{100 * figure['low']:+.1f}, {100 * figure['high']:+.1f}]"
+            words = f"{100 * figure['value']:+.1f} {ends}"
+        where = "all" if place == "overall" else place_words(place, "").strip()
+        p, adjusted = p_words(figure.get("p")), p_words(figure.get("p_holm_pairs"))
+        better = visible(claimed.get((place, key), ""))
+        rows.append([where, words_of(key), str(figure["n"]), words, p, adjusted, better])
+    sentence = (
+        f"{one['changed']} of {one['n']} posts are decided otherwise: {one['only_first_right']} "
+        f"only {first} decides rightly, {one['only_second_right']} only {second}."
+    )
+    return Section(f"{first} less {second}", [sentence], rows)
+
+
+def recipe_sections(comparison: dict[str, Any]) -> list[Section]:
+    """Means over seeds, and the differences between recipes."""
+    sections = []
+    if comparison["recipes"]:
+        rows = [["recipe", "posts", *(f"{name}, mean (sd)" for name in POOLED.values())]]
+        sentences = []
+        for recipe in comparison["recipes"]:
+            names = ", ".join(map(visible, recipe["runs"]))
+            words = ", ".join(f"{key} {value}" for key, value in recipe["arguments"].items())
+            seeds = ", ".join(str(seed) for seed in recipe["seeds"] if seed is not None)
+            sentence = f"{recipe['name']}: {names}"
+            sentence += f"; seeds {seeds}" if seeds else ""
+            sentences.append(sentence + (f"; {visible(words, 300)}." if words else "."))
+            for place, figures in recipe["figures"].items():
+                where = "all" if place == "overall" else place_words(place, "").strip()
+                cells = [
+                    f"{100 * one['mean']:.1f} ({100 * one['sd']:.1f})"
+                    if one["mean"] is not None
+                    else visible(one["reason"])
+                    for one in figures.values()
+                ]
+                rows.append([recipe["name"], where, *cells])
+        sections.append(Section("Recipes over their seeds, in percent", sentences, rows))
+    for one in comparison["recipe_comparisons"]:
+        rows = [["posts", "figure", "difference in points", "p (Welch)", "p (Holm)"]]
+        for place, figures in {"overall": one["overall"], **one["groups"]}.items():
+            where = "all" if place == "overall" else place_words(place, "").strip()
+            for key, figure in figures.items():
+                words = f"{100 * figure['value']:+.1f}"
+                if figure["low"] is not None:
+                    words += f" [{100 * figure['low']:+.1f}, {100 * figure['high']:+.1f}]"
+                ps = [p_words(figure["p"]), p_words(figure.get("p_holm"))]
+                rows.append([where, POOLED[key], words, *ps])
+        sections.append(Section(f"{one['first']} less {one['second']}", [], rows))
+    return sections
+
+
+def print_sections(sections: list[Section]) -> None:
+    """Print sentences and aligned tables."""
+    for section in sections[:-1]:
+        print(f"\n{section.title}")
+        for sentence in section.sentences:
+            print(f"  {sentence}")
+        if section.rows:
+            columns = range(len(section.rows[0]))
+            widths = [max(len(row[column]) for row in section.rows) for column in columns]
+            for row in section.rows:
+                cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
+                print(("  " + "  ".join(cells)).rstrip())
+    sys.stdout.flush()
+
+
+def sections_as_markdown(sections: list[Section]) -> str:
+    """compare.md."""
+    lines = ["# Comparison of runs", ""]
+    for section in sections:
+        lines += [f"## {markdown_cell(section.title)}", ""]
+        lines += [f"- {markdown_cell(sentence)}" for sentence in section.sentences]
+        lines += [""] if section.sentences else []
+        if section.rows:
+            rows = [
+                f"| {' | '.join(markdown_cell(cell) for cell in row)} |" for row in section.rows
+            ]
+            lines += [rows[0], f"|{' --- |' * len(section.rows[0])}", *rows[1:], ""]
+    return "\n".join(lines)
+
+
+def changed_rows(runs: list[Run]) -> list[list[Any]]:
+    """The posts that the first run and another one decide otherwise: ids, labels, scores."""
+    first, rows = runs[0], []
+    wrong = {label: next(one for one in first.labels if one != label) for label in first.labels}
+    wrong |= {label: first.positive for label in first.labels if label != first.positive}
+    for other in runs[1:]:
+        for index, (name, label) in enumerate(zip(first.ids, first.truth, strict=True)):
+            pair = (first.predicted[index], other.predicted[index])
+            one, two = (wrong[label] if answer is None else answer for answer in pair)
+            if one != two:
+                scores = [run.scores[index] if run.scores else None for run in (first, other)]
+                groups = "|".join(first.groups[index])
+                row = [first.name, other.name, name, label, groups, *pair, *scores]
+                rows.append([*row, "first" if one == label else "second" if two == label else ""])
+    return rows
+
+
+def write_comparison(
+    folder: Path, comparison: dict[str, Any], sections: list[Section], runs: list[Run]
+) -> None:
+    """Write compare.md, compare.json and changed.csv."""
+    positive = visible(runs[0].positive)
+    header = ["first", "second", "id", "label", "target_groups", "prediction_first"]
+    header += ["prediction_second", f"p_{positive}_first", f"p_{positive}_second", "right"]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_csv(folder / "changed.csv", header, changed_rows(runs))
+        write_json(folder / "compare.json", comparison)
+        (folder / "compare.md").write_text(sections_as_markdown(sections), encoding="utf-8")
+    except OSError as error:
+        fail(f"cannot write to {folder}: {error.strerror}. Name another --output_dir.")
 
 
 # --- requirements ----------------------------------------------------------------------------
@@ -177,6 +1295,1321 @@ def requirement_table(verdicts: list[dict[str, Any]]) -> list[list[str]]:
     return rows
 
 
+# --- statistics ------------------------------------------------------------------------------
+
+RESAMPLES = 10_000
+# With fewer posts than this below the line a rate is counted, but nothing is concluded from it.
+MIN_DENOMINATOR = 20
+# Up to so many posts each is resampled by itself; of more, those alike are drawn together.
+MOST_CELLS = 2000
+SCORE_LEVELS = 64
+# The two-sided 95 % point of the normal distribution.
+NORMAL_95 = 1.959963984540054
+
+
+def wilson(part: int, whole: int) -> tuple[float, float]:
+    """The 95 % score interval of a rate (Wilson 1927); `whole` is at least 1."""
+    z = NORMAL_95
+    middle = (part + z * z / 2) / (whole + z * z)
+    half = z * math.sqrt(part * (whole - part) / whole + z * z / 4) / (whole + z * z)
+    return (0.0 if part == 0 else middle - half, 1.0 if part == whole else middle + half)
+
+
+def share(part: int, whole: int, empty: str) -> dict[str, Any]:
+    """A rate with its count and 95 % Wilson interval; null with the reason `empty` for 0 of 0."""
+    if whole == 0:
+        return {"value": None, "n": 0, "low": None, "high": None, "reason": empty}
+    low, high = wilson(int(part), int(whole))
+    return {"value": part / whole, "n": int(whole), "low": low, "high": high, "reason": None}
+
+
+def number(value: float | None, n: int, reason: str) -> dict[str, Any]:
+    """A figure without interval as yet; null with a reason where undefined."""
+    undefined = value is None or math.isnan(value)
+    return {
+        "value": None if undefined else float(value),
+        "n": n,
+        "low": None,
+        "high": None,
+        "reason": reason if undefined else None,
+    }
+
+
+def dice(hits: int, misses: int, empty: str, n: int) -> dict[str, Any]:
+    """F1 = 2 TP / (2 TP + FP + FN) from TP and FP + FN, with a 95 % interval.
+
+    TP / (TP + FP + FN) is a rate, and F1 a rising function of it: 2 r / (1 + r). So its Wilson
+    interval gives that of F1, also where every post is decided rightly.
+    """
+    rate = share(hits, hits + misses, empty)
+    for key in ("value", "low", "high"):
+        if rate[key] is not None:
+            rate[key] = 2 * rate[key] / (1 + rate[key])
+    return rate | {"n": n}
+
+
+def count_figures(tables: Any, positive: int) -> dict[str, Any]:
+    """Figures of confusion tables, the positive label against the rest; nan where undefined.
+
+    `tables` has the shape (..., labels, labels), true label first; a figure has the shape (...).
+    A figure over labels is undefined where a label has no post. Matthews' coefficient is that of
+    several labels (Gorodkin 2004).
+    """
+    import numpy as np
+
+    tables = np.asarray(tables, dtype=np.float64)
+    total = tables.sum((-2, -1))
+    support, flagged = tables.sum(-1), tables.sum(-2)
+    hits = np.diagonal(tables, axis1=-2, axis2=-1)
+    tp = hits[..., positive]
+    fn, fp = support[..., positive] - tp, flagged[..., positive] - tp
+    tn = total - tp - fn - fp
+    with np.errstate(divide="ignore", invalid="ignore"):
+        recalls = hits / support
+        # A label without posts and without answers has no F1, and no weight either.
+        f1 = 2 * hits / (support + flagged)
+        spread = np.sqrt(total**2 - (flagged**2).sum(-1)) * np.sqrt(total**2 - (support**2).sum(-1))
+        return {
+            "accuracy": hits.sum(-1) / total,
+            "balanced_accuracy": recalls.mean(-1),
+            "precision": tp / (tp + fp),
+            "recall": tp / (tp + fn),
+            "false_positive_rate": fp / (fp + tn),
+            "false_negative_rate": fn / (fn + tp),
+            "flag_rate": (tp + fp) / total,
+            "f1": 2 * tp / (2 * tp + fp + fn),
+            "f1_macro": np.where((support > 0).all(-1), f1.mean(-1), np.nan),
+            "f1_weighted": np.where(support > 0, f1 * support, 0).sum(-1) / total,
+            "mcc": (hits.sum(-1) * total - (support * flagged).sum(-1)) / spread,
+        }
+
+
+@dataclass(frozen=True)
+class Cells:
+    """Posts that are alike, counted: what is resampled.
+
+    `of` (n,) is each post's cell, `first` (cells,) a post of each, `counts` (cells,) their posts.
+    """
+
+    of: Any
+    first: Any
+    counts: Any
+
+
+def build_cells(*columns: Any) -> Cells:
+    """Count posts that are equal in all columns, each of shape (n,) or (n, k)."""
+    import numpy as np
+
+    rows = np.column_stack([np.asarray(column, dtype=np.int64) for column in columns])
+    _, first, of, counts = np.unique(
+        rows, axis=0, return_index=True, return_inverse=True, return_counts=True
+    )
+    return Cells(of.reshape(-1), first, counts)
+
+
+def single_cells(n: int) -> Cells:
+    """Every post by itself."""
+    import numpy as np
+
+    return Cells(np.arange(n), np.arange(n), np.ones(n, dtype=np.int64))
+
+
+def intervals(
+    statistic: Callable[[Any], dict[Any, Any]], counts: Any, seed: int, resamples: int = RESAMPLES
+) -> dict[Any, dict[str, Any]]:
+    """BCa bootstrap intervals (Efron 1987) of everything that `statistic` computes.
+
+    `statistic` takes cell counts of shape (r, cells) and returns figures of shape (r,) by name.
+    Posts are drawn with replacement, which makes the cells' counts multinomial; all figures come
+    from the same draws, so a difference of two is a paired one. Returns for each name `value`,
+    `low` and `high`, None where undefined; an interval is None where less than nine tenths of the
+    draws have the figure, or where they all agree and say nothing of how far it could move.
+    """
+    import numpy as np
+
+    counts = np.asarray(counts)
+    n = int(counts.sum())
+    if n == 0:
+        return {}
+    draws = np.random.default_rng(seed).multinomial(n, counts / n, size=resamples)
+    without_one = counts - np.eye(len(counts), dtype=np.int64)
+
+    def compute(rows: Any) -> dict[Any, Any]:
+        parts = [
+            statistic(rows[start : start + 1000].astype(np.float32))
+            for start in range(0, len(rows), 1000)
+        ]
+        return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+    point = compute(counts[None])
+    if not point:
+        return {}
+    names = list(point)
+    drawn, left = compute(draws), compute(without_one)
+    low, high = bca(
+        np.array([point[name][0] for name in names]),
+        np.stack([drawn[name] for name in names], axis=1),
+        np.stack([left[name] for name in names], axis=1),
+        counts,
+    )
+    found = {}
+    for index, name in enumerate(names):
+        values = (point[name][0], low[index], high[index])
+        found[name] = {
+            key: None if math.isnan(value) else float(value)
+            for key, value in zip(("value", "low", "high"), values, strict=True)
+        }
+    return found
+
+
+def bca(point: Any, drawn: Any, without_one: Any, counts: Any) -> tuple[Any, Any]:
+    """The ends of 95 % BCa intervals; nan where there is none.
+
+    Shapes: `point` (k,), `drawn` (resamples, k), `without_one` (cells, k): the figure without one
+    post of that cell, of which there are `counts`.
+    """
+    import numpy as np
+    from scipy.special import ndtr, ndtri
+
+    drawn = np.sort(drawn, axis=0)  # nan goes last
+    valid = np.isfinite(drawn).sum(0)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        below = ((drawn < point).sum(0) + (drawn == point).sum(0) / 2) / valid
+        edge = 1 / (2 * len(drawn))
+        bias = ndtri(np.clip(below, edge, 1 - edge))
+        weights = np.where(np.isfinite(without_one), counts[:, None], 0)
+        values = np.nan_to_num(without_one)
+        away = np.where(weights > 0, (weights * values).sum(0) / weights.sum(0) - values, 0)
+        size = (weights * away**2).sum(0)
+        skew = np.where(size > 0, (weights * away**3).sum(0) / (6 * size**1.5), 0)
+        ends = []
+        for z in (-NORMAL_95, NORMAL_95):
+            place = ndtr(bias + (bias + z) / (1 - skew * (bias + z))) * (valid - 1)
+            place = np.nan_to_num(np.clip(place, 0, valid - 1))
+            under = np.floor(place).astype(np.int64)
+            over = np.minimum(under + 1, np.maximum(valid - 1, 0))
+            columns = np.arange(drawn.shape[1])
+            step = place - under
+            ends.append((1 - step) * drawn[under, columns] + step * drawn[over, columns])
+        last = drawn[np.maximum(valid - 1, 0), np.arange(drawn.shape[1])]
+        usable = (valid >= 0.9 * len(drawn)) & (last > drawn[0]) & np.isfinite(point)
+    return tuple(np.where(usable, end, np.nan) for end in ends)
+
+
+def holm(p_values: dict[Any, float]) -> dict[Any, float]:
+    """Holm's (1979) adjusted p-values: a claim at 5 % keeps all of them at 5 % together."""
+    adjusted, worst = {}, 0.0
+    for rank, (name, p) in enumerate(sorted(p_values.items(), key=lambda item: item[1])):
+        worst = max(worst, min(1.0, (len(p_values) - rank) * p))
+        adjusted[name] = worst
+    return adjusted
+
+
+def mcnemar(only_first: int, only_second: int) -> float:
+    """Exact two-sided p-value that two models are right equally often (McNemar 1947)."""
+    from scipy.stats import binomtest
+
+    discordant = only_first + only_second
+    return float(binomtest(only_first, discordant).pvalue) if discordant else 1.0
+
+
+def permute_groups(
+    wrong: Any, members: Any, compared: list[int], seed: int, resamples: int = RESAMPLES
+) -> tuple[float, list[float]]:
+    """Permutation p-values of one error rate: of its gap, and of each group against the rest.
+
+    `wrong` (n,) says which posts of one true label are decided wrongly, `members` (n, groups) who
+    is in which group. The errors are dealt anew among the posts, so that who is in which group,
+    overlaps too, stays as it is. `compared` are the groups whose largest difference is the gap.
+    The observed deal counts as one of the draws (Phipson and Smyth 2010).
+    """
+    import numpy as np
+
+    cells = build_cells(members)
+    kinds = members[cells.first].astype(np.float64)  # (cells, groups)
+    sizes = cells.counts @ kinds
+    rest = len(wrong) - sizes
+    draws = np.random.default_rng(seed).multivariate_hypergeometric(
+        cells.counts, int(wrong.sum()), size=resamples, method="marginals"
+    )
+    observed = np.bincount(cells.of, weights=wrong, minlength=len(cells.counts))
+    errors = np.vstack([observed, draws]) @ kinds  # (1 + resamples, groups)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        rates = errors / sizes
+        away = np.abs(rates - (wrong.sum() - errors) / rest)
+
+    def p_of(values: Any) -> float:
+        # Equal rates can differ in their last bit.
+        return float((values >= values[0] - 1e-9).mean())
+
+    gap = 1.0
+    if len(compared) > 1:
+        gap = p_of(rates[:, compared].max(1) - rates[:, compared].min(1))
+    return gap, [p_of(away[:, group]) for group in range(members.shape[1])]
+
+
+# --- ranking ---------------------------------------------------------------------------------
+
+
+def pair_order(high: Any, low: Any) -> Any:
+    """(len(high), len(low)): 1 where the first score is above the second, 1/2 where equal."""
+    import numpy as np
+
+    return ((high[:, None] > low) + (high[:, None] == low) / 2).astype(np.float32)
+
+
+def auc(counts: Any, scores: Any, positives: Any, negatives: Any) -> Any:
+    """Area under the ROC curve for each row of cell counts (r, cells); nan where a side is empty.
+
+    `scores` (cells,), `positives` and `negatives` are the cells of the two sides.
+    """
+    import numpy as np
+
+    first, second = counts[:, positives], counts[:, negatives]
+    order = pair_order(scores[positives], scores[negatives])
+    pairs = first.sum(1, dtype=np.float64) * second.sum(1, dtype=np.float64)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return ((first @ order) * second).sum(1, dtype=np.float64) / pairs
+
+
+def average_precision(counts: Any, scores: Any, positive: Any) -> Any:
+    """Mean precision over the positive posts, by falling score; nan without any. Shape (r,)."""
+    import numpy as np
+
+    order = np.argsort(-scores, kind="stable")
+    ranked = counts[:, order].astype(np.float64)
+    hits = np.cumsum(ranked * positive[order], axis=1)
+    taken = np.cumsum(ranked, axis=1)
+    # Equal scores are taken together.
+    last = np.flatnonzero(np.append(np.diff(scores[order]) != 0, True))
+    hits, taken = hits[:, last], taken[:, last]
+    with np.errstate(divide="ignore", invalid="ignore"):
+        precision = np.where(taken > 0, hits / taken, 0)
+        return (np.diff(hits, axis=1, prepend=0) * precision).sum(1) / hits[:, -1]
+
+
+def equal_mass_bins(scores: Any, most: int = 10) -> Any:
+    """The bin (n,) of each score: equally many posts in each, equal scores together.
+
+    There are at most 10 bins, and on average at least 15 posts in one.
+    """
+    import numpy as np
+
+    bins = max(1, min(most, len(scores) // 15))
+    edges = np.quantile(scores, np.arange(1, bins) / bins) if len(scores) else []
+    return np.searchsorted(edges, scores, side="left")
+
+
+def calibration_error(counts: Any, scores: Any, positive: Any, bins: Any) -> Any:
+    """Expected calibration error: |share of positive posts - mean score| over the bins. (r,)"""
+    import numpy as np
+
+    if not len(bins):
+        return np.full(len(counts), np.nan)
+    inside = np.eye(bins.max() + 1)[bins] * (positive - scores)[:, None]
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.abs(counts @ inside).sum(1) / counts.sum(1, dtype=np.float64)
+
+
+def power_mean(values: list[Any], power: float = -5) -> Any:
+    """The generalised mean of several groups' figures, near the worst one (Borkan et al. 2019)."""
+    import numpy as np
+
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.mean(np.stack(values) ** power, axis=0) ** (1 / power)
+
+
+# --- figures ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Answers:
+    """One strategy's answers to all posts; without `predicted`, the reason why there are none.
+
+    In `predicted` None is an answer without label. `scores` are p of the positive label; None
+    where the strategy gives labels only.
+    """
+
+    strategy: str
+    kind: str
+    predicted: list[str | None] | None
+    scores: list[float] | None
+    reason: str | None = None
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Labelled posts as arrays, and what strategies answered to them.
+
+    `truth` (n,) and each of `predicted` (n,) are numbers of `labels`, -1 an answer without label;
+    each of `scores` (n,) is p of the positive label or None. `members` (n,) are the posts of each
+    group; a post that is aimed at several stands in each. `varied` are the strategies that do not
+    give every post the same answer.
+    """
+
+    labels: list[str]
+    positive: int
+    truth: Any
+    members: dict[str, Any]
+    predicted: dict[str, Any]
+    scores: dict[str, Any]
+
+    @property
+    def positives(self) -> Any:
+        """(n,): whether a post has the positive label."""
+        return self.truth == self.positive
+
+    @property
+    def groups(self) -> list[str]:
+        """The groups that posts are aimed at, without the row of those aimed at none."""
+        return [name for name in self.members if name != NO_TARGET]
+
+    @property
+    def varied(self) -> list[str]:
+        return [name for name, answers in self.predicted.items() if len({*answers.tolist()}) > 1]
+
+    def decided(self, strategy: str) -> Any:
+        """(n,): its answers, where one without label counts as a wrong label."""
+        import numpy as np
+
+        answers = self.predicted[strategy]
+        other = 0 if self.positive else 1
+        wrong = np.where(self.positives, other, self.positive)
+        return np.where(answers < 0, wrong, answers)
+
+
+def build_sample(
+    labels: list[str],
+    positive: str,
+    truth: list[str],
+    members: dict[str, list[int]],
+    strategies: list[Answers],
+) -> Sample:
+    """The arrays of posts and of every strategy that answered."""
+    import numpy as np
+
+    numbers: dict[str | None, int] = {label: index for index, label in enumerate(labels)}
+    masks = {name: np.zeros(len(truth), dtype=bool) for name in members}
+    for name, posts in members.items():
+        masks[name][posts] = True
+    answered = [one for one in strategies if one.predicted is not None]
+    return Sample(
+        labels,
+        labels.index(positive),
+        np.array([numbers[label] for label in truth]),
+        masks,
+        {
+            one.strategy: np.array([numbers.get(label, -1) for label in one.predicted])
+            for one in answered
+        },
+        {one.strategy: None if one.scores is None else np.array(one.scores) for one in answered},
+    )
+
+
+def build_figures(sample: Sample, strategy: str, posts: Any, decided: Any = None) -> dict[str, Any]:
+    """Counts and figures of one strategy over some posts (n,), the positive label against the rest.
+
+    Answers without label are left out of the rates and counted, unless `decided` (n,) gives
+    labels for them. F1 is 2 TP / (2 TP + FP + FN); a figure over labels is undefined where a
+    label has no post.
+    """
+    import numpy as np
+
+    answers = sample.predicted[strategy] if decided is None else decided
+    parsed = posts & (answers >= 0)
+    size = len(sample.labels)
+    kinds = sample.truth[parsed] * size + answers[parsed]
+    table = np.bincount(kinds, minlength=size * size).reshape(size, size)
+    figures = {name: float(value) for name, value in count_figures(table, sample.positive).items()}
+    tp = int(table[sample.positive, sample.positive])
+    fn = int(table[sample.positive].sum()) - tp
+    fp = int(table[:, sample.positive].sum()) - tp
+    n = int(table.sum())
+    tn = n - tp - fn - fp
+    positive = sample.labels[sample.positive]
+    negative = name_of_negative(sample.labels, positive)
+    labels = dict(zip(sample.labels, map(int, table.sum(1)), strict=True))
+    absent = [label for label, count in labels.items() if count == 0]
+    no_positive, no_negative = f"no {positive} posts", f"no {negative} posts"
+    over_labels = f"no {', '.join(absent)} posts" if absent else "all posts and answers are alike"
+    return {
+        "n": n,
+        "n_total": int(posts.sum()),
+        "n_unparsed": int(posts.sum()) - n,
+        "labels": labels,
+        **dict(zip(CONFUSION, (tp, tn, fp, fn), strict=True)),
+        "accuracy": share(int(np.trace(table)), n, "no posts"),
+        "precision": share(tp, tp + fp, "none predicted"),
+        "recall": share(tp, tp + fn, no_positive),
+        "false_positive_rate": share(fp, fp + tn, no_negative),
+        "false_negative_rate": share(fn, fn + tp, no_positive),
+        "flag_rate": share(tp + fp, n, "no posts"),
+        f"f1_{positive}": dice(tp, fp + fn, f"no {positive} posts and none predicted", n),
+        "balanced_accuracy": number(figures["balanced_accuracy"], n, over_labels),
+        "f1_macro": number(figures["f1_macro"], n, over_labels),
+        "f1_weighted": number(figures["f1_weighted"], n, "no posts"),
+        "mcc": number(figures["mcc"], n, f"{over_labels}, or one label only is predicted"),
+        **score_figures(sample, sample.scores[strategy], parsed),
+    }
+
+
+def name_of_negative(labels: list[str], positive: str) -> str:
+    """What a post is that does not have the positive label."""
+    others = [label for label in labels if label != positive]
+    return others[0] if len(others) == 1 else f"not {positive}"
+
+
+def score_figures(sample: Sample, scores: Any, posts: Any) -> dict[str, Any]:
+    """AUROC, average precision, Brier score and calibration error of p over some posts (n,)."""
+    import numpy as np
+    from sklearn.metrics import average_precision_score, roc_auc_score
+
+    n = int(posts.sum())
+    positive = sample.labels[sample.positive]
+    reason = ""
+    if scores is None:
+        reason = "answers without probability"
+    elif n == 0:
+        reason = "no posts"
+    if reason:
+        names = ("roc_auc", "average_precision", "brier", "ece")
+        return {name: number(None, n, reason) for name in names}
+    truth, p = sample.positives[posts], scores[posts]
+    hits = int(truth.sum())
+    error = calibration_error(np.ones((1, n)), p, truth, equal_mass_bins(p))[0]
+    reason = f"no {positive} posts"
+    if hits == n:
+        reason = f"no {name_of_negative(sample.labels, positive)} posts"
+    return {
+        "roc_auc": number(roc_auc_score(truth, p) if 0 < hits < n else None, n, reason),
+        "average_precision": number(average_precision_score(truth, p) if hits else None, n, reason),
+        "brier": number(float(((p - truth) ** 2).mean()), n, ""),
+        "ece": number(error, n, ""),
+    }
+
+
+def group_auc(sample: Sample, strategy: str, group: str) -> dict[str, Any]:
+    """BPSN and BNSP AUC of a group (Borkan et al. 2019); its subgroup AUC is its `roc_auc`.
+
+    BPSN: posts of the rest that are positive against posts of the group that are not; low where
+    harmless posts about the group score like hate. BNSP: the other way round.
+    """
+    inside, positive = sample.members[group], sample.positives
+    name = sample.labels[sample.positive]
+    other = name_of_negative(sample.labels, name)
+    figures = {}
+    for key, high, low, words in (
+        ("bpsn_auc", positive & ~inside, ~positive & inside, (f"no other {name}", f"no {other}")),
+        ("bnsp_auc", positive & inside, ~positive & ~inside, (f"no {name}", f"no other {other}")),
+    ):
+        posts = high | low
+        reason = f"{words[0] if not high.any() else words[1]} posts"
+        figure = score_figures(sample, sample.scores[strategy], posts)["roc_auc"]
+        if figure["value"] is None and sample.scores[strategy] is not None:
+            figure["reason"] = reason
+        figures[key] = figure
+    return figures
+
+
+def build_strategy(
+    sample: Sample, one: Answers, ranked: dict[Any, Any], counted: dict[Any, Any], seed: int
+) -> dict[str, Any]:
+    """A strategy's entry in metrics.json; null figures where it gave no answers.
+
+    `ranked` and `counted` are the intervals of `rank_intervals` and `count_intervals`.
+    """
+    import numpy as np
+
+    name = one.strategy
+    entry: dict[str, Any] = {"name": name, "kind": one.kind, "reason": one.reason}
+    if one.predicted is None:
+        return entry | {"overall": None, "groups": dict.fromkeys(sample.members), "bias": None}
+    everything = np.ones(len(sample.truth), dtype=bool)
+    overall = build_figures(sample, name, everything)
+    groups = {
+        group: build_figures(sample, name, posts)
+        | (group_auc(sample, name, group) if group != NO_TARGET else {})
+        for group, posts in sample.members.items()
+    }
+    for place, figures in (("overall", overall), *groups.items()):
+        for key, figure in figures.items():
+            found = ranked.get((name, place, key)) or counted.get((name, place, key))
+            if found and isinstance(figure, dict) and "reason" in figure and figure["low"] is None:
+                add_interval(figure, found)
+    unparsed = {}
+    if overall["n_unparsed"]:
+        answers, wrong = sample.predicted[name], sample.decided(name)
+        other = 0 if sample.positive else 1
+        for rule, labels in (
+            ("as_errors", wrong),
+            (
+                f"as_{sample.labels[sample.positive]}",
+                np.where(answers < 0, sample.positive, answers),
+            ),
+            (f"as_{sample.labels[other]}", np.where(answers < 0, other, answers)),
+        ):
+            unparsed[rule] = {
+                place: build_figures(sample, name, posts, labels)
+                for place, posts in {"overall": everything, **sample.members}.items()
+            }
+    return entry | {
+        "coverage": share(overall["n"], overall["n_total"], "no posts"),
+        "overall": overall,
+        "groups": groups,
+        "unparsed": unparsed or None,
+        "bias": build_bias(sample, name, overall, groups, ranked, counted, seed)
+        if name in sample.varied
+        else None,
+    }
+
+
+def add_interval(figure: dict[str, Any], found: dict[str, Any]) -> None:
+    """Put a resampled interval around a figure, moved by what its cells' value is off."""
+    if figure["value"] is None or found["low"] is None:
+        return
+    moved = figure["value"] - found["value"]
+    figure["low"], figure["high"] = found["low"] + moved, found["high"] + moved
+
+
+def comparable(groups: dict[str, Any], rate: str) -> tuple[list[str], list[str]]:
+    """The groups whose rate counts in a gap, and those left out for want of posts."""
+    named = [group for group in groups if group != NO_TARGET]
+    enough = [group for group in named if groups[group][rate]["n"] >= MIN_DENOMINATOR]
+    return enough, [group for group in named if group not in enough]
+
+
+def build_bias(
+    sample: Sample,
+    name: str,
+    overall: dict[str, Any],
+    groups: dict[str, Any],
+    ranked: dict[Any, Any],
+    counted: dict[Any, Any],
+    seed: int,
+) -> dict[str, Any]:
+    """Gaps of error rates between groups, with intervals and permutation p-values.
+
+    A gap is significant where its p-value, corrected for the rates (Holm), is below 5 %; a group
+    stands out only where the gap does and its own p-value, corrected for all groups and rates, is
+    below 5 %. Without any bias both happen in at most 5 % of evaluations.
+    """
+    entry: dict[str, Any] = {"gaps": {}, "power_means": {}}
+    gap_p: dict[str, float] = {}
+    group_p: dict[tuple[str, str], float] = {}
+    for rate, (error, posts) in error_posts(sample, name).items():
+        enough, left_out = comparable(groups, rate)
+        names = list(sample.members)
+        members = stack_members(sample, names)[posts]
+        gap, each = permute_groups(
+            error[posts], members, [names.index(group) for group in enough], seed
+        )
+        if len(enough) > 1:
+            gap_p[rate] = gap
+        for group, p in zip(names, each, strict=True):
+            if group in enough and groups[group][rate]["n"] < posts.sum():
+                group_p[rate, group] = p
+        entry["gaps"][rate] = build_gap(name, rate, overall, groups, enough, left_out, counted)
+    adjusted, group_adjusted = holm(gap_p), holm(group_p)
+    for rate, gap in entry["gaps"].items():
+        gap["max_min"] |= {"p": gap_p.get(rate), "p_holm": adjusted.get(rate)}
+        found = rate in gap_p and adjusted[rate] < 0.05
+        gap["significant"] = found if rate in gap_p else None
+        if gap["max_min"]["low"] is not None:
+            # Its draws never reach 0; the permutations say whether they should.
+            low = gap["max_min"]["low"] if gap_p[rate] < 0.05 else 0
+            gap["max_min"]["low"] = max(0.0, low)
+        for group, one in gap["groups"].items():
+            p, p_holm = group_p.get((rate, group)), group_adjusted.get((rate, group))
+            allowed = found or rate not in gap_p
+            one["vs_rest"] |= {"p": p, "p_holm": p_holm}
+            one["significant"] = None if p is None else bool(allowed and p_holm < 0.05)
+    pairs = (
+        ("equalized_odds_difference", ("false_positive_rate", "false_negative_rate")),
+        ("demographic_parity_difference", ("flag_rate",)),
+    )
+    for key, rates in pairs:
+        enough, left_out = comparable(groups, rates[0])
+        enough = [
+            group for group in enough if all(group in comparable(groups, r)[0] for r in rates)
+        ]
+        values = [[groups[group][rate]["value"] for group in enough] for rate in rates]
+        value = max(max(row) - min(row) for row in values) if len(enough) > 1 else None
+        entry[key] = number(value, len(enough), TOO_FEW_GROUPS)
+        add_interval(entry[key], counted.get((name, key), {"low": None}))
+        entry[key]["left_out"] = [group for group in sample.groups if group not in enough]
+    for key in ("roc_auc", "bpsn_auc", "bnsp_auc"):
+        values = [groups[group][key]["value"] for group in sample.groups]
+        known = [value for value in values if value is not None]
+        value = float(power_mean(known)) if known else None
+        entry["power_means"][key] = number(value, len(known), "no group has this AUC") | {
+            "left_out": [
+                group for group, value in zip(sample.groups, values, strict=True) if value is None
+            ]
+        }
+        add_interval(entry["power_means"][key], ranked.get((name, "mean", key), {"low": None}))
+    return entry
+
+
+TOO_FEW_GROUPS = f"fewer than two groups have {MIN_DENOMINATOR} posts to count"
+
+
+def stack_members(sample: Sample, names: list[str]) -> Any:
+    """(n, groups): who is in which group."""
+    import numpy as np
+
+    return np.column_stack([sample.members[name] for name in names])
+
+
+def error_posts(sample: Sample, name: str) -> dict[str, tuple[Any, Any]]:
+    """For each error rate the posts (n,) that are decided wrongly, and those that could be."""
+    answers = sample.predicted[name]
+    flagged, parsed = answers == sample.positive, answers >= 0
+    return {
+        "false_positive_rate": (flagged, parsed & ~sample.positives),
+        "false_negative_rate": (~flagged, parsed & sample.positives),
+    }
+
+
+def build_gap(
+    name: str,
+    rate: str,
+    overall: dict[str, Any],
+    groups: dict[str, Any],
+    enough: list[str],
+    left_out: list[str],
+    counted: dict[Any, Any],
+) -> dict[str, Any]:
+    """One rate's gap: largest difference, and each group against all posts and the others."""
+    values = {group: groups[group][rate]["value"] for group in enough}
+    value = max(values.values()) - min(values.values()) if len(enough) > 1 else None
+    widest = number(value, len(enough), TOO_FEW_GROUPS)
+    add_interval(widest, counted.get((name, "gap", rate), {"low": None}))
+    ratio = None
+    if len(enough) > 1 and max(values.values()) > 0:
+        ratio = min(values.values()) / max(values.values())
+    lowest_ratio = number(
+        ratio, len(enough), TOO_FEW_GROUPS if len(enough) < 2 else "no group has such an error"
+    )
+    add_interval(lowest_ratio, counted.get((name, "ratio", rate), {"low": None}))
+    each: dict[str, Any] = {}
+    for group in groups:
+        if group in left_out or not groups[group][rate]["n"]:
+            continue
+        n = groups[group][rate]["n"]
+        own = groups[group][rate]["value"]
+        whole = overall[rate]
+        others = whole["n"] - n
+        inside = round(own * n)
+        each[group] = against_rest(inside, n, round(whole["value"] * whole["n"]) - inside, others)
+    return {"max_min": widest, "min_max_ratio": lowest_ratio, "groups": each, "left_out": left_out}
+
+
+def against_rest(errors: int, n: int, others: int, rest: int) -> dict[str, Any]:
+    """A group's rate less that of the posts outside it, and less that of all posts.
+
+    The two sides share no post, so the interval is Newcombe's (1998, method 10) of two Wilson
+    intervals; the difference from all posts is the other one times the share of the rest.
+    """
+    if not rest:
+        away = number(None, n, "no other posts")
+        return {"vs_overall": away, "vs_rest": dict(away)}
+    rate, other = errors / n, others / rest
+    (low, high), (other_low, other_high) = wilson(errors, n), wilson(others, rest)
+    away = number(rate - other, n, "")
+    away["low"] = rate - other - math.hypot(rate - low, other_high - other)
+    away["high"] = rate - other + math.hypot(high - rate, other - other_low)
+    part = rest / (n + rest)
+    whole = {key: part * away[key] for key in ("value", "low", "high")}
+    return {"vs_overall": away | whole, "vs_rest": away}
+
+
+# Of the figures over all posts, those without a formula for their interval.
+RESAMPLED = ("balanced_accuracy", "f1_macro", "f1_weighted", "mcc")
+# What two strategies are compared by.
+COMPARED = ("accuracy", "balanced_accuracy", "f1", "precision", "recall", "mcc")
+COMPARED_IN_GROUPS = ("accuracy", "f1", "false_positive_rate", "false_negative_rate")
+
+
+def count_intervals(sample: Sample, pairs: list[tuple[str, str]], seed: int) -> dict[Any, Any]:
+    """Intervals of everything that is counted, from one set of resamples of the posts.
+
+    Names: (strategy, "overall", figure); (strategy, "gap" | "ratio", rate); (strategy,
+    "equalized_odds_difference" | "demographic_parity_difference"); and for each of `pairs` (first,
+    second, place, figure), the first's figure less the second's.
+    """
+    import numpy as np
+
+    forms = {(name, False): answers for name, answers in sample.predicted.items()}
+    forms |= {(name, True): sample.decided(name) for pair in pairs for name in pair}
+    places = {"overall": np.ones(len(sample.truth), dtype=bool), **sample.members}
+    cells = build_cells(sample.truth, stack_members(sample, list(sample.members)), *forms.values())
+    size = len(sample.labels)
+    shape = (len(forms), len(places), size, size)
+    design = np.zeros((len(cells.counts), *shape), dtype=np.float32)
+    rows = np.arange(len(cells.counts))
+    truth = sample.truth[cells.first]
+    for form, answers in enumerate(forms.values()):
+        found = answers[cells.first]
+        for place, posts in enumerate(places.values()):
+            some = posts[cells.first] & (found >= 0)
+            design[rows[some], form, place, truth[some], found[some]] = 1
+    design = design.reshape(len(rows), -1)
+    place_of = {name: index for index, name in enumerate(places)}
+    form_of = {form: index for index, form in enumerate(forms)}
+    rates = ("false_positive_rate", "false_negative_rate", "flag_rate")
+    tables = (cells.counts @ design).reshape(shape)
+    below = {
+        "false_positive_rate": tables.sum((-2, -1)) - tables[..., sample.positive, :].sum(-1),
+        "false_negative_rate": tables[..., sample.positive, :].sum(-1),
+        "flag_rate": tables.sum((-2, -1)),
+    }
+
+    def statistic(counts: Any) -> dict[Any, Any]:
+        tables = (counts @ design).reshape(len(counts), *shape)
+        figures = count_figures(tables, sample.positive)
+        found: dict[Any, Any] = {}
+        for name in sample.predicted:
+            form = form_of[name, False]
+            for key in RESAMPLED:
+                found[name, "overall", key] = figures[key][:, form, 0]
+            if name not in sample.varied:
+                continue
+            spread = {}
+            for rate in rates:
+                values = figures[rate][:, form]
+                enough = [
+                    place_of[group]
+                    for group in sample.groups
+                    if below[rate][form, place_of[group]] >= MIN_DENOMINATOR
+                ]
+                if len(enough) < 2:
+                    continue
+                highest, lowest = values[:, enough].max(1), values[:, enough].min(1)
+                spread[rate] = found[name, "gap", rate] = highest - lowest
+                with np.errstate(divide="ignore", invalid="ignore"):
+                    found[name, "ratio", rate] = lowest / highest
+            if len(spread) == 3:
+                found[name, "equalized_odds_difference"] = np.maximum(
+                    spread["false_positive_rate"], spread["false_negative_rate"]
+                )
+                found[name, "demographic_parity_difference"] = spread["flag_rate"]
+        for first, second in pairs:
+            one, other = form_of[first, True], form_of[second, True]
+            for place in ("overall", *sample.members):
+                at = place_of[place]
+                keys = COMPARED_IN_GROUPS if at else (*COMPARED, *COMPARED_IN_GROUPS[2:])
+                for key in keys:
+                    values = figures[key]
+                    found[first, second, place, key] = values[:, one, at] - values[:, other, at]
+        return {
+            key: values
+            for key, values in found.items()
+            if len(values) > 1 or np.isfinite(values).all()
+        }
+
+    return intervals(statistic, cells.counts, seed)
+
+
+def rank_intervals(
+    sample: Sample, pairs: list[tuple[str, str]], seed: int
+) -> dict[Any, dict[str, Any]]:
+    """Intervals of everything that comes from scores.
+
+    Names: (strategy, place, figure) with a place of "overall" or a group; (strategy, "mean",
+    figure); and for each of `pairs` (first, second, place, figure), the first's less the second's.
+    Up to `MOST_CELLS` posts are drawn one by one. Of more, scores are drawn as levels of equally
+    many posts: `SCORE_LEVELS` of one strategy, fewer of a pair.
+    """
+    scored = [name for name in sample.varied if sample.scores[name] is not None]
+    pairs = [pair for pair in pairs if pair[0] in scored and pair[1] in scored]
+    if len(sample.truth) <= MOST_CELLS:
+        return rank_some(sample, scored, pairs, None, seed)
+    found: dict[Any, dict[str, Any]] = {}
+    for name in scored:
+        found |= rank_some(sample, [name], [], SCORE_LEVELS, seed)
+    for pair in pairs:
+        levels = max(4, int(math.sqrt(MOST_CELLS / 2 / 2 ** min(len(sample.groups), 3))))
+        both = rank_some(sample, [*pair], [pair], levels, seed)
+        found |= {key: value for key, value in both.items() if len(key) == 4}
+    return found
+
+
+def rank_some(
+    sample: Sample,
+    strategies: list[str],
+    pairs: list[tuple[str, str]],
+    levels: int | None,
+    seed: int,
+) -> dict[Any, dict[str, Any]]:
+    """`rank_intervals` of some strategies, drawn together; without `levels` post by post."""
+    import numpy as np
+
+    if not strategies:
+        return {}
+    n, members = len(sample.truth), stack_members(sample, list(sample.members))
+    if levels is None:
+        cells = single_cells(n)
+        scores = {name: sample.scores[name] for name in strategies}
+    else:
+        ranks = {name: equal_mass_bins(sample.scores[name], levels) for name in strategies}
+        cells = build_cells(sample.positives, members, *ranks.values())
+        scores = {
+            name: np.bincount(rank, weights=sample.scores[name]) / np.maximum(np.bincount(rank), 1)
+            for name, rank in ranks.items()
+        }
+        scores = {name: scores[name][ranks[name]] for name in strategies}
+
+    def mean_of(values: Any) -> Any:
+        return np.bincount(cells.of, weights=values) / cells.counts
+
+    positive = sample.positives[cells.first]
+    inside = dict(zip(sample.members, members[cells.first].T, strict=True))
+    everything = np.ones(len(positive), dtype=bool)
+    level = {name: scores[name][cells.first] for name in strategies}
+    mean = {name: mean_of(sample.scores[name]) for name in strategies}
+    squared = {name: mean_of((sample.scores[name] - sample.positives) ** 2) for name in strategies}
+    sides: dict[tuple[str, str], tuple[Any, Any]] = {("overall", "roc_auc"): (positive, ~positive)}
+    for group, posts in inside.items():
+        sides[group, "roc_auc"] = (positive & posts, ~positive & posts)
+        if group != NO_TARGET:
+            sides[group, "bpsn_auc"] = (positive & ~posts, ~positive & posts)
+            sides[group, "bnsp_auc"] = (positive & posts, ~positive & ~posts)
+    bins = {
+        (name, place): equal_mass_bins(level[name][posts])
+        for name in strategies
+        for place, posts in (("overall", everything), *inside.items())
+    }
+
+    def statistic(counts: Any) -> dict[Any, Any]:
+        found: dict[Any, Any] = {}
+        total = counts.sum(1, dtype=np.float64)
+        for name in strategies:
+            for (place, key), (high, low) in sides.items():
+                if high.any() and low.any():
+                    found[name, place, key] = auc(counts, level[name], high, low)
+            if positive.any():
+                found[name, "overall", "average_precision"] = average_precision(
+                    counts, level[name], positive
+                )
+            found[name, "overall", "brier"] = counts @ squared[name] / total
+            for place, posts in (("overall", everything), *inside.items()):
+                if posts.any():
+                    found[name, place, "ece"] = calibration_error(
+                        counts[:, posts], mean[name][posts], positive[posts], bins[name, place]
+                    )
+            for key in ("roc_auc", "bpsn_auc", "bnsp_auc"):
+                each = [
+                    (name, group, key) for group in sample.groups if (name, group, key) in found
+                ]
+                if each:
+                    found[name, "mean", key] = power_mean([found[group] for group in each])
+        for first, second in pairs:
+            for place, key in (*sides, ("overall", "average_precision"), ("overall", "brier")):
+                if (first, place, key) in found:
+                    away = found[first, place, key] - found[second, place, key]
+                    found[first, second, place, key] = away
+        return found
+
+    return intervals(statistic, cells.counts, seed)
+
+
+def build_comparison(
+    sample: Sample,
+    first: str,
+    second: str,
+    counted: dict[Any, dict[str, Any]],
+    ranked: dict[Any, dict[str, Any]],
+) -> dict[str, Any]:
+    """The first strategy's figures less the second's on the same posts, overall and per group.
+
+    An answer without label counts as wrong. `p` is of the exact McNemar test: of all posts for
+    the accuracy, of one label's posts in a group for its error rates; `p_holm` corrects it for
+    all groups and both rates.
+    """
+    n, positive = len(sample.truth), sample.positives
+    one, other = sample.decided(first), sample.decided(second)
+    # Among posts of one label, being right or wrong is what its error rate counts.
+    right, also = one == sample.truth, other == sample.truth
+    flags = {
+        "false_positive_rate": (~positive, one != sample.positive, other != sample.positive),
+        "false_negative_rate": (positive, one == sample.positive, other == sample.positive),
+    }
+
+    def difference(place: str, key: str, size: int) -> dict[str, Any]:
+        found = counted.get((first, second, place, key)) or ranked.get((first, second, place, key))
+        if not found:
+            return number(None, size, "undefined for one of the two")
+        figure = number(found["value"], size, "")
+        return figure | {"low": found["low"], "high": found["high"]}
+
+    overall = {
+        key: difference("overall", key, n)
+        for key in (
+            *(*COMPARED, "false_positive_rate", "false_negative_rate"),
+            *("roc_auc", "average_precision", "brier"),
+        )
+    }
+    only_first, only_second = int((right & ~also).sum()), int((also & ~right).sum())
+    overall["accuracy"]["p"] = mcnemar(only_first, only_second)
+    groups: dict[str, Any] = {}
+    p_values: dict[tuple[str, str], float] = {}
+    for group, posts in sample.members.items():
+        size = int(posts.sum())
+        keys = (*COMPARED_IN_GROUPS, "roc_auc", "bpsn_auc", "bnsp_auc")
+        groups[group] = {key: difference(group, key, size) for key in keys}
+        for rate, (counts_for, fine, also_fine) in flags.items():
+            some = posts & counts_for
+            groups[group][rate]["n"] = int(some.sum())
+            if some.sum() >= MIN_DENOMINATOR:
+                p_values[group, rate] = mcnemar(
+                    int((some & fine & ~also_fine).sum()), int((some & also_fine & ~fine).sum())
+                )
+    adjusted = holm(p_values)
+    for (group, rate), p in p_values.items():
+        groups[group][rate] |= {"p": p, "p_holm": adjusted[group, rate]}
+    return {
+        "first": first,
+        "second": second,
+        "n": n,
+        "changed": int((one != other).sum()),
+        "only_first_right": only_first,
+        "only_second_right": only_second,
+        "overall": overall,
+        "groups": groups,
+    }
+
+
+def group_members(posts: list[dict[str, Any]], groups: list[str]) -> dict[str, list[int]]:
+    """Indices of each group's posts: the contract's groups, then others found, then no target.
+
+    A post that is aimed at several groups stands in each.
+    """
+    found = {group for post in posts for group in post["target_groups"]}
+    names = [*groups, *sorted(found - {*groups, NO_TARGET})]
+    members: dict[str, list[int]] = {name: [] for name in [*names, NO_TARGET]}
+    for index, post in enumerate(posts):
+        for name in set(post["target_groups"]) or {NO_TARGET}:
+            members[name].append(index)
+    return members
+
+
+# --- predictions -----------------------------------------------------------------------------
+
+PREDICTIONS = ("predictions.parquet", "predictions.csv")
+# The names under which files of predictions hold what is needed; the first that is there counts.
+COLUMNS = {
+    "id": ("id", "sample_id", "post_id"),
+    "text": ("text", "input_text"),
+    "label": ("label", "true_label"),
+    "prediction": ("prediction", "predicted_label"),
+    "score": ("p_{positive}", "score", "probability"),
+    "group": ("target_groups", "target_group_norm", "persona_tag"),
+    "strategy": ("strategy",),
+}
+
+
+@dataclass(frozen=True)
+class Run:
+    """Answers to labelled posts, as a file holds them; every list has an entry per post.
+
+    In `predicted` None is an answer without label. `scores` are p of the positive label, or None;
+    `texts` are None where the file has none. `columns` are further ones, `record` the evaluation's
+    contract.json or empty.
+    """
+
+    name: str
+    origin: str
+    labels: list[str]
+    positive: str
+    ids: list[str]
+    truth: list[str]
+    predicted: list[str | None]
+    scores: list[float] | None
+    groups: list[list[str]]
+    texts: list[str] | None
+    columns: dict[str, list[Any]]
+    record: dict[str, Any]
+
+
+def read_runs(argument: str, eval_name: str, options: dict[str, Any]) -> list[Run]:
+    """The runs of a file, of an evaluation's folder, or of an adapter repo; one per strategy.
+
+    A repo is `user/name[@revision]`, its evaluation `eval_name` or `user/name/EVALUATION`.
+    `options`: `labels`, `positive`, `label_map`, `threshold`, and by the keys of `COLUMNS` the
+    name of a column.
+    """
+    place = Path(argument).expanduser()
+    if place.suffix.lower() in (".csv", ".parquet", ".jsonl") and (
+        is_folder(argument) or place.is_file()
+    ):
+        return runs_of_rows(read_table(place), argument, place.stem, {}, options)
+    folder, name = find_evaluation(argument, eval_name)
+    record = read_record(folder, name)
+    file = next((folder / file for file in PREDICTIONS if (folder / file).is_file()), None)
+    if file is None:
+        fail(f"{name} holds no {PREDICTIONS[0]}. Evaluate it again with {EVALUATE}.")
+    known = {"labels": record.get("labels"), "positive": record.get("positive_label")}
+    options = options | {key: value for key, value in known.items() if value}
+    return runs_of_rows(read_table(file), argument, name, record, options)
+
+
+EVALUATE = "eval/eval.py"
+
+
+def find_evaluation(argument: str, eval_name: str) -> tuple[Path, str]:
+    """The local folder of an evaluation's files, fetched where it is on the Hub, and its name."""
+    wanted = (*PREDICTIONS, "contract.json", "metrics.json")
+    if is_folder(argument):
+        place = Path(argument).expanduser()
+        for folder in (place, place / "eval" / eval_name):
+            if any((folder / file).is_file() for file in PREDICTIONS):
+                return folder, argument
+        there = sorted(path.parent.name for path in place.glob("eval/*/contract.json"))
+        fail(
+            f"{argument} holds no evaluation {eval_name!r}. There are: "
+            f"{', '.join(there) or 'none'}."
+        )
+    repo_name, _, revision = argument.partition("@")
+    parts = repo_name.split("/")
+    if len(parts) == 3:
+        repo_name, eval_name = "/".join(parts[:2]), parts[2]
+    repo = open_repo(f"{repo_name}@{revision}" if revision else repo_name, "model")
+    folder = repo.fetch(*(f"eval/{eval_name}/{file}" for file in wanted)) / "eval" / eval_name
+    if not any((folder / file).is_file() for file in PREDICTIONS):
+        from huggingface_hub import HfApi
+
+        with hub_errors(f"list the evaluations of {repo_name}"):
+            files = HfApi().list_repo_files(repo_name, revision=repo.revision)
+        there = sorted({file.split("/")[1] for file in files if re.match("eval/[^/]+/", file)})
+        fail(
+            f"{repo_name} holds no evaluation {eval_name!r}. There are: "
+            f"{', '.join(there) or 'none'}. Name it as {repo_name}/NAME, or run {EVALUATE}."
+        )
+    return folder, f"{repo_name}/{eval_name}"
+
+
+def read_record(folder: Path, name: str) -> dict[str, Any]:
+    """contract.json of an evaluation; empty where there is none."""
+    file = folder / "contract.json"
+    if not file.is_file():
+        return {}
+    try:
+        record = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        fail(f"contract.json of {name} is not JSON: {error}")
+    if not isinstance(record, dict) or record.get("schema") != SCHEMA:
+        fail(f"contract.json of {name} has an unknown schema; this script reads {SCHEMA}.")
+    return record
+
+
+def read_table(file: Path) -> list[dict[str, Any]]:
+    """The rows of a CSV, JSONL or parquet file."""
+    if not file.is_file():
+        fail(f"the file {file} does not exist.")
+    kind = file.suffix.lower()
+    if kind == ".parquet":
+        from pyarrow import ArrowException, parquet
+
+        try:
+            rows = parquet.read_table(file).to_pylist()
+        except (ArrowException, OSError) as error:
+            fail(f"{file} is no parquet file that can be read: {str(error).splitlines()[0]}")
+        return rows
+    try:
+        content = file.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        fail(f"{file} is not UTF-8: {error}")
+    if kind == ".csv":
+        csv.field_size_limit(2**31 - 1)
+        try:
+            return list(csv.DictReader(io.StringIO(content, newline=""), strict=True))
+        except csv.Error as error:
+            fail(f"{file} is no CSV file that can be read: {error}")
+    rows = []
+    for number_, line in enumerate(content.split("\n"), start=1):
+        try:
+            rows += [json.loads(line)] if line.strip() else []
+        except ValueError as error:
+            fail(f"{file} line {number_} is not JSON: {error}")
+    if not all(isinstance(row, dict) for row in rows):
+        fail(f"{file}: every line is to be an object.")
+    return rows
+
+
+def runs_of_rows(
+    rows: list[dict[str, Any]],
+    origin: str,
+    name: str,
+    record: dict[str, Any],
+    options: dict[str, Any],
+) -> list[Run]:
+    """Rows as runs, one for each value of the strategy column, in the order of their first row."""
+    if not rows:
+        fail(f"{origin} holds no rows.")
+    found = list(dict.fromkeys(column for row in rows for column in row))
+    column = {key: pick_column(key, found, origin, options) for key in COLUMNS}
+    if not column["label"] or not (column["prediction"] or column["score"]):
+        lacking = "true label" if not column["label"] else "predicted label or score"
+        fail(
+            f"{origin} has no column for the {lacking}. It has: {', '.join(map(str, found))}. "
+            "Name it with --label_column, --prediction_column or --score_column."
+        )
+    if not column["group"]:
+        print(f"{origin}: no column of groups; every post is of no target group", flush=True)
+    by_strategy: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        key = str(row.get(column["strategy"]) or "") if column["strategy"] else ""
+        by_strategy.setdefault(key or name, []).append(row)
+    return [
+        run_of_rows(some, strategy, origin, column, record, options)
+        for strategy, some in by_strategy.items()
+    ]
+
+
+def pick_column(key: str, found: list[str], origin: str, options: dict[str, Any]) -> str | None:
+    """The column that holds a thing: the one that is named, or the first of the known names."""
+    named = options.get(key)
+    if named:
+        if named not in found:
+            fail(f"{origin} has no column {named!r}. It has: {', '.join(map(str, found))}.")
+        return named
+    names = (candidate.format(positive=options["positive"]) for candidate in COLUMNS[key])
+    return next((candidate for candidate in names if candidate in found), None)
+
+
+def run_of_rows(
+    rows: list[dict[str, Any]],
+    strategy: str,
+    origin: str,
+    column: dict[str, str | None],
+    record: dict[str, Any],
+    options: dict[str, Any],
+) -> Run:
+    """One strategy's rows as a run. Without an id the row's number is it."""
+    labels, positive = options["labels"], options["positive"]
+    truth, predicted, scores = [], [], []
+    for number_, row in enumerate(rows, start=1):
+        label = label_of(row.get(column["label"]), labels, options)
+        if label is None:
+            fail(
+                f"{origin}: row {number_} of {strategy} has the true label "
+                f"{visible(repr(row.get(column['label'])))}. The labels are {', '.join(labels)}: "
+                'name others with --label_map \'{"theirs": "hate"}\'.'
+            )
+        truth.append(label)
+        score = score_of(row.get(column["score"]), origin, number_) if column["score"] else None
+        scores.append(score)
+        if column["prediction"]:
+            predicted.append(label_of(row.get(column["prediction"]), labels, options))
+        elif score is None:
+            predicted.append(None)
+        else:
+            negative = next(one for one in labels if one != positive)
+            predicted.append(positive if score >= options["threshold"] else negative)
+    if column["prediction"] and not any(predicted):
+        seen = sorted({visible(repr(row.get(column["prediction"]))) for row in rows})
+        fail(f"{origin}: no prediction is one of {', '.join(labels)}; there are {seen[:5]}.")
+    used = {name for name in column.values() if name}
+    further = [name for name in dict.fromkeys(key for row in rows for key in row)]
+    ids = [str(row.get(column["id"])) if column["id"] else str(n) for n, row in enumerate(rows, 1)]
+    return Run(
+        name=strategy,
+        origin=origin,
+        labels=labels,
+        positive=positive,
+        ids=[plain_cell(name) for name in ids],
+        truth=truth,
+        predicted=predicted,
+        scores=None if None in scores else scores,
+        groups=[groups_of(row.get(column["group"])) if column["group"] else [] for row in rows],
+        texts=[str(row.get(column["text"]) or "") for row in rows] if column["text"] else None,
+        columns={
+            name: [row.get(name) for row in rows]
+            for name in further
+            if name not in used and isinstance(name, str)
+        },
+        record=record,
+    )
+
+
+def label_of(value: Any, labels: list[str], options: dict[str, Any]) -> str | None:
+    """A label's name from a name, a number, or what --label_map says; None for anything else."""
+    text = str(int(value) if isinstance(value, (bool, float)) and value in (0, 1) else value)
+    text = plain_cell(text).strip()
+    text = (options.get("label_map") or {}).get(text, text)
+    by_name = {label.casefold(): label for label in labels}
+    by_number = {str(index): label for index, label in enumerate(labels)}
+    return by_name.get(text.casefold()) or by_number.get(text)
+
+
+def score_of(value: Any, origin: str, number_: int) -> float | None:
+    """A probability, or None for an empty cell."""
+    if value is None or value == "":
+        return None
+    try:
+        score = float(value)
+    except (TypeError, ValueError):
+        score = math.nan
+    if not 0 <= score <= 1:
+        fail(f"{origin}: row {number_} has the score {visible(repr(value))}; it must be 0 to 1.")
+    return score
+
+
+def groups_of(value: Any) -> list[str]:
+    """The groups of a cell: a list, or names parted by `|`; a list as text is read as one."""
+    if isinstance(value, str) and value.startswith("["):
+        try:
+            value = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            value = [value]
+    words = value if isinstance(value, list) else str(value or "").split("|")
+    names = [plain_cell(str(word)).strip() for word in words]
+    absent = {"", "none", "nan", "null", NO_TARGET}
+    return list(dict.fromkeys(name for name in names if name.casefold() not in absent))
+
+
+def plain_cell(text: str) -> str:
+    """A cell of ours without the apostrophe that keeps spreadsheets from computing it."""
+    if text.startswith("'") and text[1:].lstrip(" ").startswith(FORMULA_SIGNS):
+        return text[1:]
+    return text
+
+
+# --- files -----------------------------------------------------------------------------------
+
+
+def csv_text(value: str) -> str:
+    """Text that a spreadsheet does not take for a formula: an apostrophe goes before its sign."""
+    return f"'{value}" if value.lstrip(" ").startswith(FORMULA_SIGNS) else value
+
+
+def visible(text: str, most: int = 60) -> str:
+    """Text as shown to people: control and direction characters as escapes, long text cut."""
+    text = "".join(
+        char if char.isprintable() else char.encode("unicode_escape").decode() for char in text
+    )
+    return text if len(text) <= most else f"{text[: most - 1]}…"
+
+
+def markdown_cell(text: str) -> str:
+    """Text as it stands in a Markdown table: no markup, no link, no image, no tag."""
+    text = re.sub(r"([\\|`\[\]!*~])", r"\\\1", visible(text, 5000))
+    for sign, entity in (("<", "&lt;"), (">", "&gt;"), ("://", "&#58;//"), ("www.", "www&#46;")):
+        text = text.replace(sign, entity)
+    return text
+
+
+def write_csv(file: Path, header: list[str], rows: list[list[Any]]) -> None:
+    """Write a CSV file in UTF-8; None is an empty cell, text is made safe for spreadsheets."""
+    with file.open("w", encoding="utf-8", newline="") as stream:
+        writer = csv.writer(stream)
+        for row in [header, *rows]:
+            writer.writerow([csv_text(cell) if isinstance(cell, str) else cell for cell in row])
+
+
+# --- shared: the same text in every script that has it ---------------------------------------
+
+
 def fail(message: str, code: int = 2) -> NoReturn:
     """End with one message that says what is wrong, what there is and what to do.
 
@@ -184,3 +2617,346 @@ def fail(message: str, code: int = 2) -> NoReturn:
     """
     print(f"error: {message}", file=sys.stderr, flush=True)
     raise SystemExit(code)
+
+
+def quiet_libraries() -> None:
+    """Keep a Job's log to the lines that say something; called before any library is imported."""
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_DISABLE", "1")
+    # The pins make deprecations a matter of the next upgrade, not of this run.
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse without abbreviations and usage dump: an error is one line and exit 2."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(
+            allow_abbrev=False,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            usage="%(prog)s [flags]",
+            **options,
+        )
+
+    def format_help(self) -> str:
+        """Say each flag's default where its help does not."""
+        for action in self._actions:
+            if action.default not in (None, False, argparse.SUPPRESS):
+                value = action.default
+                shown = " ".join(value) if isinstance(value, list) else value
+                action.help = (
+                    f"{action.help}; default {shown}" if action.help else f"default {shown}"
+                )
+                action.default = argparse.SUPPRESS
+        return super().format_help()
+
+    def error(self, message: str) -> NoReturn:
+        fail(f"{message}. See --help.")
+
+
+def boolean(text: str) -> bool:
+    """Read 1/0/true/false, the form that flags, variables and config files share."""
+    values = {"1": True, "true": True, "0": False, "false": False}
+    if text.lower() not in values:
+        raise argparse.ArgumentTypeError(f"{text!r} is not 1, 0, true or false")
+    return values[text.lower()]
+
+
+def flag_names(tokens: list[str], aliases: dict[str, str]) -> list[str]:
+    """Write flags with underscores and by their present names; an empty value unsets its flag."""
+    named: list[str] = []
+    for token in tokens:
+        if token.startswith("--") and len(token) > 2:
+            flag, equals, value = token.partition("=")
+            name = flag[2:].replace("-", "_")
+            if name in aliases:
+                print(f"--{name} is now --{aliases[name]}", flush=True)
+            token = f"--{aliases.get(name, name)}{equals}{value}"
+            if equals and not value:
+                continue
+        elif token == "" and named and named[-1].startswith("--"):
+            named.pop()
+            continue
+        named.append(token)
+    return named
+
+
+def settings_as_flags(settings: dict[str, Any]) -> list[str]:
+    """Turn a config file's or a preset's entries into flags, so that one parser checks them all."""
+    flags: list[str] = []
+    for key, value in settings.items():
+        name = str(key)
+        if value in (None, "", []) or name.startswith("_"):
+            continue
+        if isinstance(value, list):
+            flags += [f"--{name}", *map(str, value)]
+        elif isinstance(value, dict):
+            flags.append(f"--{name}={json.dumps(value)}")
+        else:
+            flags.append(f"--{name}={value}")
+    return flags
+
+
+def parse_layer(
+    parser: Parser, tokens: list[str], aliases: dict[str, str], origin: str
+) -> dict[str, Any]:
+    """Return only what these tokens set; an unknown flag ends the run and names the nearest one."""
+    unset = object()
+    actions = [action for action in parser._actions if action.dest != "help"]
+    blank = argparse.Namespace(**{action.dest: unset for action in actions})
+    known, unknown = parser.parse_known_args(flag_names(tokens, aliases), blank)
+    if unknown:
+        name = unknown[0].partition("=")[0]
+        # The documented flags first: undocumented ones are many, and one is always near.
+        shown = [action for action in actions if action.help != argparse.SUPPRESS]
+        flags = [[flag for one in some for flag in one.option_strings] for some in (shown, actions)]
+        near = difflib.get_close_matches(name, flags[0], n=1, cutoff=0.7)
+        near = near or difflib.get_close_matches(name, flags[1], n=1, cutoff=0.5)
+        hint = f"Did you mean {near[0]}?" if near else "See --help for the flags there are."
+        fail(f"unknown argument {name} ({origin}). {hint}")
+    return {name: value for name, value in vars(known).items() if value is not unset}
+
+
+def read_settings(path: str) -> dict[str, Any]:
+    """Read a JSON or YAML file of flags."""
+    file = Path(path).expanduser()
+    if not file.is_file():
+        fail(f"--config_file {path} is not a file. Give a JSON or YAML file of flags.")
+    import yaml
+
+    try:
+        settings = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        fail(f"--config_file {path} is neither JSON nor YAML: {error}")
+    if not isinstance(settings, dict):
+        fail(f"--config_file {path} holds no mapping of flags to values.")
+    return settings
+
+
+def resolve_arguments(
+    parser: Parser,
+    argv: list[str] | None = None,
+    presets: dict[str, dict[str, Any]] | None = None,
+    aliases: dict[str, str] | None = None,
+) -> argparse.Namespace:
+    """Merge flag > environment > --config_file > --preset > default; print what is no default."""
+    aliases = aliases or {}
+    environment: dict[str, str] = {}
+    for action in parser._actions:
+        name = action.dest.upper()
+        if action.help == argparse.SUPPRESS or name == "HELP":
+            continue
+        for variable in (f"HSD_{name}", *([name] if name in PLAIN_VARIABLES else [])):
+            if os.environ.get(variable):
+                environment.setdefault(action.dest, os.environ[variable])
+    known = {f"HSD_{action.dest.upper()}" for action in parser._actions}
+    for variable in sorted(name for name in os.environ if name.startswith("HSD_")):
+        if variable not in known:
+            print(f"warning: {variable} names no flag of this script", flush=True)
+    layers = [
+        (
+            "environment",
+            parse_layer(parser, settings_as_flags(environment), aliases, "environment"),
+        ),
+        (
+            "command line",
+            parse_layer(parser, sys.argv[1:] if argv is None else argv, aliases, "command line"),
+        ),
+    ]
+    chosen = {name: value for _, layer in layers for name, value in layer.items()}
+    if chosen.get("config_file"):
+        settings = settings_as_flags(read_settings(chosen["config_file"]))
+        layers.insert(0, ("config file", parse_layer(parser, settings, aliases, "config file")))
+        chosen = layers[0][1] | chosen
+    if chosen.get("preset"):
+        if chosen["preset"] not in (presets or {}):
+            fail(f"unknown preset {chosen['preset']!r}. There are: {', '.join(presets or {})}.")
+        settings = settings_as_flags((presets or {})[chosen["preset"]])
+        origin = f"preset {chosen['preset']}"
+        layers.insert(0, (origin, parse_layer(parser, settings, aliases, origin)))
+    return merge_layers(parser, layers)
+
+
+def merge_layers(parser: Parser, layers: list[tuple[str, dict[str, Any]]]) -> argparse.Namespace:
+    """Lay the later over the earlier and print every value that is not the default."""
+    arguments = {
+        action.dest: action.default
+        for action in parser._actions
+        if action.dest != "help" and action.default is not argparse.SUPPRESS
+    }
+    origins: dict[str, str] = {}
+    for origin, layer in layers:
+        for name, value in layer.items():
+            arguments[name] = list_of_words(value) if isinstance(value, list) else value
+            origins[name] = origin
+    for name, origin in origins.items():
+        if arguments[name] != parser.get_default(name):
+            print(f"{name} = {arguments[name]} ({origin})", flush=True)
+    return argparse.Namespace(**arguments)
+
+
+def list_of_words(values: list[Any]) -> list[Any]:
+    """Split list values at commas and spaces: `q_proj,v_proj` is `q_proj v_proj`."""
+    words: list[Any] = []
+    for value in values:
+        words += re.split(r"[,\s]+", value.strip(", ")) if isinstance(value, str) else [value]
+    return words
+
+
+@dataclass(frozen=True)
+class Repo:
+    """A Hub repo at one commit, or a local folder of the same layout (`revision` is then None)."""
+
+    name: str
+    kind: str
+    revision: str | None
+    folder: Path | None = None
+
+    def fetch(self, *patterns: str) -> Path:
+        """Return a folder that holds the files matching the patterns."""
+        if self.folder:
+            return self.folder
+        from huggingface_hub import hf_hub_download, snapshot_download
+        from huggingface_hub.errors import RemoteEntryNotFoundError
+
+        with hub_errors(f"download {', '.join(patterns)} of {self.name}"):
+            if patterns == (CONTRACT,):
+                # One file by its name needs no listing of the repo.
+                with contextlib.suppress(RemoteEntryNotFoundError):
+                    file = hf_hub_download(
+                        self.name, CONTRACT, repo_type=self.kind, revision=self.revision
+                    )
+                    return Path(file).parent
+            return Path(
+                snapshot_download(
+                    self.name,
+                    repo_type=self.kind,
+                    revision=self.revision,
+                    allow_patterns=list(patterns),
+                )
+            )
+
+    def as_input(self) -> dict[str, str | None]:
+        """The contract's record of this repo; of a folder it names only the last part."""
+        return {
+            "repo": self.folder.name if self.folder else self.name,
+            "kind": self.kind,
+            "revision": self.revision,
+        }
+
+
+def is_folder(argument: str) -> bool:
+    """Say whether a repo argument means a local folder: ids never begin with ./, ../, ~ or /."""
+    return argument in (".", "..") or argument.startswith(("./", "../", "~", "/"))
+
+
+def open_repo(argument: str, kind: str) -> Repo:
+    """Resolve `user/name[@revision]` to its commit hash, or a folder to its path."""
+    if is_folder(argument):
+        folder = Path(argument).expanduser().resolve()
+        if not folder.is_dir():
+            fail(f"the folder {argument} does not exist. Give a folder or a Hub id (user/name).")
+        return Repo(argument, kind, None, folder)
+    name, _, revision = argument.partition("@")
+    from huggingface_hub import HfApi
+
+    with hub_errors(f"open the {kind} repo {argument}"):
+        info = HfApi().repo_info(name, repo_type=kind, revision=revision or None)
+    return Repo(name, kind, info.sha)
+
+
+@contextlib.contextmanager
+def hub_errors(action: str) -> Iterator[None]:
+    """Turn the Hub client's errors into one message: exit 2 where the user can mend it, else 1."""
+    from httpx2 import HTTPError
+    from huggingface_hub import errors, get_token
+
+    try:
+        yield
+    except errors.LocalTokenNotFoundError:
+        fail(f"cannot {action}: there is no Hub token. Set HF_TOKEN or run `hf auth login`.")
+    except errors.GatedRepoError as error:
+        reason = str(error).splitlines()[0]
+        fail(f"cannot {action}: it is gated. Accept its terms on its page. ({reason})")
+    except errors.RepositoryNotFoundError:
+        fail(
+            f"cannot {action}: no such repo, or it is private and this token may not see it. "
+            "Check the id (user/name) and HF_TOKEN."
+        )
+    except errors.RevisionNotFoundError:
+        fail(f"cannot {action}: the repo has no such revision. Give a branch, tag or commit hash.")
+    except errors.LocalEntryNotFoundError as error:
+        fail(f"cannot {action}: the Hub does not answer. {error}", code=1)
+    except (errors.EntryNotFoundError, errors.HFValidationError) as error:
+        fail(f"cannot {action}: {error}")
+    except errors.HfHubHTTPError as error:
+        status = error.response.status_code
+        if status == 401 and get_token() is None:
+            fail(f"cannot {action}: there is no Hub token. Set HF_TOKEN or run `hf auth login`.")
+        if status == 401:
+            fail(f"cannot {action}: the Hub does not accept this token. Run `hf auth login` again.")
+        if status == 403:
+            fail(
+                f"cannot {action}: this token may not. It needs write access to the repo's "
+                "namespace: name a repo of your own, or make a token of role `write` in the Hub's "
+                "settings."
+            )
+        fail(f"cannot {action}: the Hub answered {status}. {str(error).splitlines()[0]}", code=1)
+    except (HTTPError, OSError, RuntimeError) as error:
+        # transformers and datasets wrap a gated repo's refusal into an error of their own.
+        gated = re.search("gated (repo|dataset)", str(error))
+        fail(f"cannot {action}: {type(error).__name__}: {error}", code=2 if gated else 1)
+    except ValueError as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        fail(f"cannot {action}: a file is damaged or of another form. {reason}")
+
+
+def without_paths(value: Any) -> Any:
+    """Arguments with local paths cut to their last part: the rest speaks only of the machine."""
+    if isinstance(value, dict):
+        return {name: without_paths(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [without_paths(item) for item in value]
+    return Path(value).name if isinstance(value, str) and is_folder(value) else value
+
+
+def stage_record(
+    stage: str, script: str, arguments: argparse.Namespace, inputs: list[Repo]
+) -> dict[str, Any]:
+    """The part of contract.json that every stage writes: who made this, from what, with what."""
+    source = Path(__file__).read_text(encoding="utf-8")
+    packages = {}
+    for package in re.findall(r'(?m)^#\s+"([\w.-]+)==', source):
+        with contextlib.suppress(PackageNotFoundError):
+            packages[package] = version(package)
+    return {
+        "schema": SCHEMA,
+        "stage": stage,
+        "script": script,
+        "script_sha256": hashlib.sha256(source.encode()).hexdigest(),
+        "arguments": without_paths(vars(arguments)),
+        "inputs": [repo.as_input() for repo in inputs],
+        "packages": packages,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+def write_json(file: Path, content: Any) -> None:
+    """Write strict JSON (no NaN) that a person can read: a list of numbers stands on one line."""
+    text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False)
+    # Strings hold no raw line break, so only a list can begin with one.
+    text = re.sub(r"\[\n[-\d,\s]+\]", lambda numbers: " ".join(numbers[0].split()), text)
+    file.write_text(text + "\n", encoding="utf-8")
+
+
+def flat_arguments(contract: dict[str, Any]) -> dict[str, Any]:
+    """A run's arguments by name, those of the trainer's config and the process count included."""
+    arguments = dict(contract["arguments"])
+    fields = arguments.pop("trainer_fields", {})
+    return {**fields, **arguments, "world_size": contract["training"]["world_size"]}
+
+
+if __name__ == "__main__":
+    main()
