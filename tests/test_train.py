@@ -453,6 +453,77 @@ def test_a_resumed_run_keeps_its_arguments(
     assert "the training data has changed" in refusal(train, capsys, *other)
 
 
+# --- posts kept for calibration --------------------------------------------------------------
+
+
+def test_the_held_back_share_is_the_fraction_and_never_all_or_none(train: ModuleType) -> None:
+    names = [f"post-{number}" for number in range(20_000)]
+    for fraction in (0.1, 0.5, 0.9):
+        held = train.held_back_ids(names, fraction)
+        assert held == {name for name in names if train.is_held_back(name, fraction)}
+        assert abs(len(held) / len(names) - fraction) < 0.012
+    # A larger fraction keeps what a smaller one does, and other posts make no difference.
+    assert train.held_back_ids(names, 0.1) < train.held_back_ids(names, 0.5)
+    assert train.held_back_ids(names[:500], 0.5) == train.held_back_ids(names, 0.5) & {*names[:500]}
+    for start in range(50):
+        few = names[start : start + 3]
+        for fraction in (0.001, 0.5, 0.999):
+            assert 0 < len(train.held_back_ids(few, fraction)) < 3
+    assert train.held_back_ids(names[:1], 0.5) == set()
+    assert train.held_back_ids(names, 0.0) == set()
+    assert train.is_held_back(7, 0.5) == train.is_held_back("7", 0.5)
+
+
+def test_early_stopping_does_not_see_the_posts_kept_for_calibration(
+    train: ModuleType, files: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    argv = short_run(files, "--model_name_or_path", str(files / "llama"))
+    names = [f"validation-{number}" for number in range(1, 17)]
+    for fraction in ("0.5", "0.25"):
+        held = train.held_back_ids(names, float(fraction))
+        out = tmp_path / fraction
+        train.main([*argv, "--output_dir", str(out), "--calibration_fraction", fraction])
+        printed = capsys.readouterr().out
+        assert f"{len(held)} of 16 validation posts are kept from early stopping" in printed
+        assert f"validation: {16 - len(held)} rows" in printed
+        training = json.loads((out / "contract.json").read_text())["training"]
+        assert training["early_stopping"] is True
+        assert training["calibration_fraction"] == float(fraction)
+    other = [*argv, "--output_dir", str(tmp_path / "0.25"), "--max_steps", "12"]
+    assert re.search(r"calibration_fraction +0.25 +0.5\n", refusal(train, capsys, *other))
+
+
+def test_without_early_stopping_all_validation_posts_are_free(
+    train: ModuleType, files: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    argv = short_run(files, "--model_name_or_path", str(files / "llama"), "--max_steps", "4")
+    train.main([*argv, "--output_dir", str(tmp_path), "--early_stopping_patience", "0"])
+    assert "validation: 16 rows" in capsys.readouterr().out
+    training = json.loads((tmp_path / "contract.json").read_text())["training"]
+    assert training["early_stopping"] is False and training["calibration_fraction"] == 0
+    assert "is not from 0 to below 1" in refusal(train, capsys, *argv, "--calibration_fraction=1")
+
+
+def test_a_run_of_an_older_version_goes_on_with_all_validation_posts(
+    train: ModuleType, files: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """Its early stopping compares losses on the same posts before and after."""
+    argv = short_run(files, "--model_name_or_path", str(files / "llama"))
+    argv += ["--output_dir", str(tmp_path)]
+    train.main([*argv, "--max_steps", "4"])
+    contract = json.loads((tmp_path / "contract.json").read_text())
+    del contract["arguments"]["calibration_fraction"]
+    del contract["training"]["calibration_fraction"], contract["training"]["early_stopping"]
+    (tmp_path / "contract.json").write_text(json.dumps(contract))
+    for steps in ("8", "12"):
+        capsys.readouterr()
+        train.main([*argv, "--max_steps", steps])
+        printed = capsys.readouterr().out
+        assert "validation: 16 rows" in printed and "resuming from checkpoint-" in printed
+        contract = json.loads((tmp_path / "contract.json").read_text())
+        assert "calibration_fraction" not in contract["training"] | contract["arguments"]
+
+
 # --- runs ------------------------------------------------------------------------------------
 
 

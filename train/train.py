@@ -146,7 +146,7 @@ RESUME_RULES = {
             *("bnb_4bit_quant_type", "learning_rate", "per_device_train_batch_size"),
             *("gradient_accumulation_steps", "world_size", "warmup_steps", "weight_decay"),
             *("max_grad_norm", "lr_scheduler_type", "seed", "early_stopping_patience"),
-            *("early_stopping_threshold", "save_steps"),
+            *("early_stopping_threshold", "calibration_fraction", "save_steps"),
         ),
         EQUAL,
     ),
@@ -226,6 +226,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     flag("--lr_scheduler_type", default="cosine")
     flag("--early_stopping_patience", type=int, default=2, help="0: off, the last weights stay")
     flag("--early_stopping_threshold", type=float, default=0.01)
+    flag(
+        *("--calibration_fraction",),
+        type=float,
+        default=0.5,
+        help="of the validation posts, kept from early stopping for eval/calibrate.py",
+    )
     flag("--seed", type=int, default=42)
     flag = parser.add_argument_group("state and logs").add_argument
     flag("--hub_model_id", help="adapter repo ({you}/hsd-lora)")
@@ -339,12 +345,15 @@ def train(argv: list[str] | None, stop: Stop) -> None:
     if finished:
         return
     data = read_data(args, earlier)
+    calibration = hold_back(args, data, earlier)
     base = open_base(args, earlier)
     config = read_base_config(base)
     device = check_device(count_parameters(config), args.allow_cpu, training_job(argv))
     precision = choose_precision(args, device, earlier)
     tokenizer = load_tokenizer(base)
-    contract = broadcast(build_contract(args, data, base, tokenizer, precision, earlier))
+    contract = build_contract(args, data, base, tokenizer, precision, earlier)
+    contract["training"] |= calibration
+    contract = broadcast(contract)
     rows = encode_rows(args, data, tokenizer, contract)
     settings = build_settings(args, config, device, precision, bool(data.validation), store.folder)
     quantization = build_quantization(args, base, config, precision)
@@ -397,6 +406,8 @@ def check_training_arguments(args: argparse.Namespace) -> None:
     if args.max_steps == 0 or args.num_train_epochs <= 0:
         fail("there is nothing to train: --max_steps is 0 or --num_train_epochs is not positive.")
     local = args.output_dir and not args.hub_model_id
+    if not 0 <= args.calibration_fraction < 1:
+        fail(f"--calibration_fraction {args.calibration_fraction} is not from 0 to below 1.")
     if local and not (args.dataset_repo or args.train_file):
         fail("a local run needs --dataset_repo (an id or a folder) or --train_file.")
     if local and (args.relay or args.reclaim_storage or args.squash_history):
@@ -1041,6 +1052,55 @@ def read_local_data(args: argparse.Namespace) -> Data:
     groups = sorted({group for row in train for group in row["target_groups"]})
     record = record_of_files(args)
     return Data(train, validation, LABELS, POSITIVE_LABEL, groups, prompt, None, record)
+
+
+def hold_back(
+    args: argparse.Namespace, data: Data, earlier: dict[str, Any] | None
+) -> dict[str, Any]:
+    """Take the posts kept for calibration out of the validation; return the contract's account.
+
+    Only where the loss on validation posts chooses the weights: else all of them are free.
+    """
+    stops = args.trainer_fields.get("load_best_model_at_end", args.early_stopping_patience > 0)
+    if not (stops and data.validation):
+        return {"early_stopping": False, "calibration_fraction": 0.0}
+    if earlier and "calibration_fraction" not in earlier["arguments"]:
+        # It began without the flag and has seen all posts. It goes on so, and without the flag,
+        # so that the next start finds the same arguments.
+        del args.calibration_fraction
+        print("all validation posts were used by early stopping from the start", flush=True)
+        return {"early_stopping": True}
+    fraction = args.calibration_fraction
+    held = held_back_ids([row["id"] for row in data.validation], fraction)
+    kept = [row for row in data.validation if str(row["id"]) not in held]
+    if held:
+        print(
+            f"{len(data.validation) - len(kept)} of {len(data.validation)} validation posts are "
+            f"kept from early stopping, for calibration (--calibration_fraction {fraction})",
+            flush=True,
+        )
+    data.validation = kept
+    return {"early_stopping": True, "calibration_fraction": fraction}
+
+
+def is_held_back(post_id: Any, fraction: float) -> bool:
+    """Whether a validation post is kept from early stopping, by the SHA-256 of its id."""
+    digest = hashlib.sha256(str(post_id).encode()).digest()
+    return int.from_bytes(digest[:8], "big") < fraction * 2**64
+
+
+def held_back_ids(post_ids: list[Any], fraction: float) -> set[str]:
+    """The ids of a split that are kept from early stopping.
+
+    Where the rule gives all posts or none, the one nearest to its border changes sides.
+    """
+    held = {str(post_id) for post_id in post_ids if is_held_back(post_id, fraction)}
+    by_hash = {hashlib.sha256(name.encode()).hexdigest(): name for name in map(str, post_ids)}
+    if fraction <= 0 or len(by_hash) < 2:
+        return set()
+    if not held:
+        return {by_hash[min(by_hash)]}
+    return held - {by_hash[max(by_hash)]} if len(held) == len(by_hash) else held
 
 
 def local_prompt(row: dict[str, Any]) -> dict[str, str]:
