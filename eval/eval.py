@@ -6,12 +6,14 @@
 #     "datasets==5.2.0",
 #     "huggingface-hub==2.4.0",
 #     "jinja2==3.1.6",
+#     "matplotlib==3.11.2",
 #     "peft==0.21.2",
 #     "pyarrow==26.0.1",
 #     "scikit-learn==1.9.1",
 #     "scipy==1.17.1",
 #     "torch==2.13.0",
 #     "transformers==5.23.0",
+#     "wandb==0.31.0",
 # ]
 #
 # [tool.uv]
@@ -53,6 +55,7 @@ import itertools
 import json
 import logging
 import math
+import operator
 import os
 import random
 import re
@@ -62,7 +65,7 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
@@ -73,6 +76,8 @@ from typing import Any, NoReturn
 SCRIPT = "eval/eval.py"
 SCHEMA = 1
 CONTRACT = "contract.json"
+DECISIONS = "decisions.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
 # Variables with these names are read as they stand; every other flag is HSD_<FLAG>, because an
 # unprefixed SEED or TASK in somebody's shell must not change an audited run.
 PLAIN_VARIABLES = ("DATASET_REPO", "HUB_MODEL_ID", "MAX_STEPS")
@@ -94,8 +99,9 @@ INSTRUCTION = {
 }
 # Everything that an evaluation writes, the proof that it is whole last.
 FILES = (
-    *("predictions.csv", "performance_metrics.csv", "bias_metrics.csv", "metrics.json"),
-    *("report.html", "report.md", CONTRACT),
+    *("predictions.csv", "predictions.parquet", "errors.csv", "performance_metrics.csv"),
+    *("bias_metrics.csv", "metrics.json", "evaluation_report.txt", "report.html", "report.md"),
+    CONTRACT,
 )
 # What makes an adapter: weights, and how its posts become tokens.
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "*token*", "*.jinja")
@@ -107,6 +113,8 @@ STATUSES = ("ok", "unparsed", "truncated")
 NO_TARGET = "no_target"
 # The last four are the wide forms, which some spreadsheets also read.
 FORMULA_SIGNS = tuple("=+-@\t\r\n\uff1d\uff0b\uff0d\uff20")
+# Of an evaluation's contract, beside F1 of the positive label.
+HEADLINE = ("accuracy", "precision", "recall", "f1_macro", "roc_auc")
 CONFUSION = ("true_positive", "true_negative", "false_positive", "false_negative")
 LIMITS = (
     "An interval (95 %, Wilson) says how far a rate could move if other posts of the same kind "
@@ -120,6 +128,26 @@ LIMITS = (
     "The labels are the judgement of the dataset's annotators. This is a research measurement, "
     "not a licence to remove posts unattended.",
 )
+
+
+class Repeated(argparse.Action):
+    """A list flag that may be given several times; its words add up."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option: Any = None) -> None:
+        earlier = getattr(namespace, self.dest, None)
+        words = [*(earlier if isinstance(earlier, list) else []), *values]
+        setattr(namespace, self.dest, words)
+
+
+def json_mapping(text: str) -> dict[str, str]:
+    """A JSON object of texts, as a flag's value."""
+    try:
+        found = json.loads(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise argparse.ArgumentTypeError(f"{text!r} is no JSON object")
+    return {str(key): str(value) for key, value in found.items()}
 
 
 def build_parser() -> Parser:
@@ -144,7 +172,19 @@ def build_parser() -> Parser:
     data.add_argument("--test_file", help="JSONL of text, label, optional id and target_groups")
     data.add_argument("--text", help="classify this one post; - reads it from stdin")
     data.add_argument("--input", help="classify posts: a .txt, .csv, .jsonl, or - (lines of stdin)")
-    data.add_argument("--text_column", default="text", help="of --input")
+    data.add_argument(
+        *("--predictions",), help="report these: a .csv, .parquet or .jsonl of labels and answers"
+    )
+    data.add_argument("--label_map", type=json_mapping, help='of --predictions: {"theirs": "hate"}')
+    for name in COLUMNS:
+        known = ", ".join(COLUMNS[name]).format(positive="hate")
+        data.add_argument(f"--{name}_column", help=f"of --predictions ({known})")
+    data.add_argument("--labels", nargs="+", action=Repeated, help="of --predictions (normal hate)")
+    data.add_argument("--positive_label", help="of --predictions (the last label)")
+    data.add_argument(
+        *("--dataset_config",),
+        help="config to score (the prompt's); hatecheck: {you}/hsd-hatecheck",
+    )
     data.add_argument("--prompt", help="prompt strategy of the dataset (the trained one)")
     data.add_argument("--max_samples", type=int, help="the first N posts of a seeded shuffle")
     data.add_argument("--max_length", type=int, help="tokens; a longer post is cut (as trained)")
@@ -164,6 +204,33 @@ def build_parser() -> Parser:
         default=0,
         help="let the model explain the first N errors and near ties",
     )
+    report = parser.add_argument_group("report")
+    report.add_argument(
+        *("--against",),
+        nargs="+",
+        action=Repeated,
+        help="runs to stand beside the model: adapter repos, folders, files of predictions",
+    )
+    report.add_argument(
+        *("--require",),
+        nargs="+",
+        action=Repeated,
+        help="end with exit code 3 unless: f1>=0.62, lgbtq.fpr<=0.4, gap.fpr<=0.1, vs_base.f1>=0, "
+        "beats_baselines, published",
+    )
+    report.add_argument("--strict", **switch, help="test the interval's bad end, not the figure")
+    report.add_argument("--profile", help="decide by this profile of the adapter's decisions.json")
+    report.add_argument(
+        *("--prevalence",),
+        nargs="+",
+        action=Repeated,
+        help="shares of positive posts to compute precision and flags at, such as 0.01",
+    )
+    report.add_argument("--slice_by", nargs="+", action=Repeated, help="further columns")
+    report.add_argument("--evasion", **switch, help="score perturbed positive posts as well")
+    report.add_argument("--identity_swap", **switch, help="swap identity terms, and score that")
+    report.add_argument("--identity_terms", help="JSON file of identity terms by group")
+    report.add_argument("--card_fields", help="JSON or YAML file of the model card's open fields")
     output = parser.add_argument_group("output")
     output.add_argument(
         "--eval_name", help="folder below eval/ (the split, and what is not as usual)"
@@ -175,7 +242,10 @@ def build_parser() -> Parser:
         *("--save_minutes",), type=float, default=5, help="between saves of scores to the Hub"
     )
     output.add_argument("--allow_public", **switch, help="push to a public repo")
-    output.add_argument("--log_text", **switch, help="write the posts into predictions.csv")
+    output.add_argument("--card", **unset, help="update the model card (the usual test split does)")
+    output.add_argument("--space", help="publish the report as this private static Space")
+    output.add_argument("--report_to", choices=["wandb", "none"], help="(wandb with WANDB_API_KEY)")
+    output.add_argument("--log_text", **switch, help="write the posts into the report's files")
     output.add_argument("--config_file", help="JSON or YAML file of these flags")
     return parser
 
@@ -194,6 +264,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     if args.rationales < 0 or not args.save_minutes >= 0:
         fail("--rationales and --save_minutes cannot be negative.")
     check_posts_source(args)
+    check_report_flags(args)
     if args.with_base and args.base_only:
         fail("--with_base compares an adapter with its base; --base_only uses none. Leave one out.")
     if args.keep_mxfp4 and find_spec("kernels") is None:
@@ -206,6 +277,33 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
+def check_report_flags(args: argparse.Namespace) -> None:
+    """End where a flag of the report cannot be read, before anything is scored."""
+    for text in args.require or []:
+        if text not in ("published", "beats_baselines"):
+            parse_requirement(text)
+    try:
+        shares = [float(text) for text in args.prevalence or []]
+    except ValueError:
+        shares = [math.nan]
+    if not all(0 < share < 1 for share in shares):
+        fail(f"--prevalence {' '.join(args.prevalence)}: give shares between 0 and 1, as in 0.01.")
+    args.prevalence = shares
+    if args.strict and not args.require:
+        fail("--strict makes --require stricter; there is none.")
+    if args.space and not re.fullmatch(r"[\w.-]+/[\w.-]+", args.space, re.ASCII):
+        fail(f"--space {args.space} is no Hub id; write USER/NAME.")
+    if args.profile and args.threshold != 0.5:
+        fail("--profile and --threshold both decide: leave one out.")
+    if args.profile and (args.predictions or args.base_only):
+        fail("--profile is of an adapter; leave it out.")
+    if args.identity_terms and not args.identity_swap:
+        fail("--identity_terms is for --identity_swap, which is not given.")
+    read_card_fields(args.card_fields)
+    if args.report_to is None:
+        args.report_to = "wandb" if os.environ.get("WANDB_API_KEY") else "none"
+
+
 def has_empty_value(flag: str, words: list[str]) -> bool:
     return f"{flag}=" in words or any(
         word == flag and following == "" for word, following in itertools.pairwise(words)
@@ -216,11 +314,19 @@ def check_posts_source(args: argparse.Namespace) -> None:
     """End where the flags name no posts, or several kinds."""
     kinds = {
         name: value
-        for name in ("text", "input", "test_file")
+        for name in ("text", "input", "test_file", "predictions")
         if (value := vars(args)[name]) is not None
     }
     if len(kinds) > 1:
         fail(f"--{' and --'.join(kinds)} both name the posts: give one of them.")
+    if args.predictions:
+        check_predictions_flags(args)
+        return
+    for name in (*(f"{key}_column" for key in COLUMNS if key != "text"), "labels", "label_map"):
+        if vars(args)[name]:
+            fail(f"--{name} says how to read --predictions, which is not given.")
+    if args.dataset_config == "hatecheck" and not args.dataset_repo:
+        args.dataset_repo = f"{own_namespace()}/hsd-hatecheck"
     named = args.dataset_repo or kinds
     if args.base_only and not args.adapter and not (args.model_name_or_path and named):
         fail(
@@ -228,11 +334,30 @@ def check_posts_source(args: argparse.Namespace) -> None:
             "--dataset_repo, --test_file, --input or --text."
         )
     if is_ad_hoc(args):
-        for name in ("rationales", "with_base", "push", "max_samples"):
+        for name in (
+            *("rationales", "with_base", "push", "max_samples", "against", "require", "evasion"),
+            *("identity_swap", "prevalence", "slice_by", "space"),
+        ):
             if vars(args)[name]:
                 fail(f"--{name} is for an evaluation with labels; --text and --input have none.")
         if args.mode == "generate":
             fail("--mode generate is for an evaluation with labels; leave it out.")
+
+
+def check_predictions_flags(args: argparse.Namespace) -> None:
+    """End where a flag asks a file of predictions for what only a model can give."""
+    for name in (
+        *("adapter", "model_name_or_path", "base_only", "with_base", "rationales", "push"),
+        *("evasion", "identity_swap", "max_samples", "prompt", "load_in_4bit", "text"),
+    ):
+        if vars(args)[name]:
+            fail(f"--{name} needs a model; --predictions reports answers that are given already.")
+    if args.mode == "generate":
+        fail("--mode generate needs a model; --predictions reports answers that are there already.")
+    args.labels = args.labels or LABELS
+    args.positive_label = args.positive_label or args.labels[-1]
+    if len(set(args.labels)) < 2 or args.positive_label not in args.labels:
+        fail(f"--labels {' '.join(args.labels)} need the --positive_label and another one.")
 
 
 def is_ad_hoc(args: argparse.Namespace) -> bool:
@@ -243,15 +368,23 @@ def is_ad_hoc(args: argparse.Namespace) -> bool:
 def main(argv: list[str] | None = None) -> None:
     quiet_libraries()
     args = parse_args(argv)
+    if args.predictions:
+        end_with_gates(report_predictions(args))
+        return
     world = join_world()
     adapter, contract = open_subject(args)
     pushes = check_push(args, adapter)
+    if args.space and not is_ad_hoc(args):
+        check_space(args)
+    profile = use_profile(args, adapter)
     dataset = open_dataset(args, contract)
     base = pick_base(args, contract)
     name, target = name_output(args, contract, adapter)
-    key = evaluation_key(args, contract, adapter, base, dataset)
+    against = read_against(args)
+    key = evaluation_key(args, contract, adapter, base, dataset, against)
     ad_hoc = is_ad_hoc(args)
-    if not ad_hoc and answer_from_files(args, key, adapter, name, target, pushes):
+    if not ad_hoc and (metrics := answer_from_files(args, key, adapter, name, target, pushes)):
+        end_with_gates(metrics)
         return
     task = build_task(args, contract, dataset)
     posts = read_ad_hoc_posts(args) if ad_hoc else read_posts(args, contract, task, dataset)
@@ -262,6 +395,10 @@ def main(argv: list[str] | None = None) -> None:
     device = check_device(count_parameters(config), args.allow_cpu, job_command(args, adapter))
     tokenizer = load_tokenizer(adapter or base)
     encoded, answers = encode_posts(tokenizer, task, contract, posts)
+    probes = build_probes(args, task, posts)
+    probed: list[list[int]] = []
+    if probes.texts:
+        probed, _ = encode_posts(tokenizer, task, contract, [*probes.texts.values()])
     if not ad_hoc:
         start_on_all_gpus(device)
     setup = choose_setup(args, contract, base, config, device)
@@ -272,25 +409,203 @@ def main(argv: list[str] | None = None) -> None:
     model = load_model(args, task, base, config, adapter, tokenizer, setup, device)
     scorer = build_scorer(args, model, tokenizer, answers, encoded, setup, world)
     record = decide_posts(args, task, scorer, tokenizer, posts, encoded, journals, world)
+    probes.scores = score_probes(args, task, scorer, probed, journals, world)
     if world.rank:
         return
+    calibrate_posts(args, profile, task, posts, probes)
     if ad_hoc:
         show_posts(args, task, posts, target)
         return
     strategies = answer_strategies(args, task, posts, training, no_training)
-    metrics = build_metrics(args, task, posts, strategies)
+    strategies[1:1] = [align_run(run, posts) for run in against]
+    metrics, sample = build_metrics(args, task, posts, strategies, probes)
     record |= build_record(args, contract, [adapter, base, dataset], task, metrics)
-    record |= {"name": name, "key": key, "device": device_name(device)}
+    record |= {"name": name, "key": key, "device": device_name(device), "profile": profile}
     record |= {"dtype": setup.dtype, "world_size": world.size}
     with draft_folder(target) as draft:
-        write_files(draft, args, task, posts, metrics, record)
+        write_files(draft, args, task, posts, metrics, sample, record)
         publish_draft(draft, target, output_files(args))
     scores, written = journals
     written.file.unlink(missing_ok=True)
     print_summary(metrics)
     print(f"report: {target / 'report.html'}", flush=True)
-    if adapter and pushes:
-        push_files(args, adapter, name, target, scores.file)
+    if args.report_to == "wandb":
+        log_to_wandb(args, target, metrics, record, posts)
+    publish(args, adapter, name, target, scores.file, pushes)
+    end_with_gates(metrics)
+
+
+def use_profile(args: argparse.Namespace, adapter: Repo | None) -> dict[str, Any] | None:
+    """The profile of --profile, with its threshold as --threshold until the posts are scored."""
+    if not args.profile:
+        return None
+    # Calibration is a later commit than the adapter that it is of.
+    newest = open_repo(adapter.name, "model") if adapter.folder is None else adapter
+    profile = read_profile(newest, args.profile)
+    # Raising the scores to the profile's scale moves no post over its threshold.
+    args.threshold = float(apply_temperature(profile["threshold"], 1 / profile["temperature"]))
+    print(
+        f"profile {args.profile}: p at temperature {profile['temperature']:.4g}, "
+        f"threshold {profile['threshold']:.4g}",
+        flush=True,
+    )
+    return {"name": args.profile, **profile}
+
+
+def calibrate_posts(
+    args: argparse.Namespace,
+    profile: dict[str, Any] | None,
+    task: Task,
+    posts: list[dict[str, Any]],
+    probes: Probes,
+) -> None:
+    """Bring the model's scores to the profile's scale, on which its threshold is."""
+    if profile is None:
+        return
+    args.threshold = profile["threshold"]
+    for post in posts:
+        p = float(apply_temperature(post["probabilities"][task.positive], profile["temperature"]))
+        post["probabilities"] = {task.positive: p, task.negative_label: 1 - p}
+    probes.scores = [float(apply_temperature(p, profile["temperature"])) for p in probes.scores]
+
+
+def end_with_gates(metrics: dict[str, Any]) -> None:
+    """End with exit code 3 where a requirement does not hold; all files are written by then."""
+    failed = [one["requirement"] for one in metrics["gates"] if not one["holds"]]
+    if failed:
+        fail(
+            f"{len(failed)} of {len(metrics['gates'])} requirements fail: {', '.join(failed)}. "
+            "The table above has their figures.",
+            code=3,
+        )
+
+
+def report_predictions(args: argparse.Namespace) -> dict[str, Any]:
+    """Report a file's answers like those of a model; return metrics.json."""
+    options = reading_options(args)
+    runs = read_runs(args.predictions, "test", options)
+    against = read_against(args)
+    if args.space:
+        check_space(args)
+    first = runs[0]
+    name, target = name_output(args, {}, None)
+    task = Task(first.name, first.labels, first.positive, [], None, 0, "", "")
+    posts = posts_of_run(first)
+    dataset = open_repo(args.dataset_repo, "dataset") if args.dataset_repo else None
+    training, no_training = read_training_posts(args, task, dataset)
+    if training and first.texts is None:
+        training, no_training = [], "the predictions have no text"
+    counts = Counter(first.truth)
+    listed = ", ".join(f"{counts[label]} {label}" for label in task.labels)
+    print(f"{len(posts)} posts of {args.predictions}: {listed}", flush=True)
+    if first.texts:
+        say_what_is_odd(posts)
+    strategies = [
+        Answers(first.name, "model", first.predicted, first.scores),
+        *(align_run(run, posts, "compared") for run in runs[1:]),
+        *(align_run(run, posts) for run in against),
+        *answer_baselines(task, posts, training, no_training),
+    ]
+    metrics, sample = build_metrics(args, task, posts, strategies, None)
+    place = Path(args.predictions).expanduser()
+    file = {"file": place.name, "sha256": None}
+    if place.is_file():
+        file["sha256"] = hashlib.sha256(place.read_bytes()).hexdigest()
+    record = build_record(args, {}, [None, None, dataset], task, metrics)
+    record |= {"name": name, "predictions": file, "rendering": None}
+    with draft_folder(target) as draft:
+        write_files(draft, args, task, posts, metrics, sample, record)
+        publish_draft(draft, target, output_files(args))
+    print_summary(metrics)
+    print(f"report: {target / 'report.html'}", flush=True)
+    if args.report_to == "wandb":
+        log_to_wandb(args, target, metrics, record, posts)
+    publish(args, None, name, target, None, False)
+    return metrics
+
+
+def reading_options(args: argparse.Namespace) -> dict[str, Any]:
+    """How `read_runs` is to read a file of predictions."""
+    labels = args.labels or LABELS
+    return {
+        "labels": labels,
+        "positive": args.positive_label or labels[-1],
+        "label_map": args.label_map,
+        "threshold": args.threshold,
+        **{key: vars(args)[f"{key}_column"] for key in COLUMNS},
+    }
+
+
+def read_against(args: argparse.Namespace) -> list[Run]:
+    """The runs that --against names; their columns go by the known names."""
+    options = {"labels": args.labels or LABELS, "label_map": args.label_map, "threshold": 0.5}
+    options["positive"] = args.positive_label or options["labels"][-1]
+    return [run for place in args.against or [] for run in read_runs(place, "test", options)]
+
+
+def posts_of_run(run: Run) -> list[dict[str, Any]]:
+    """A run's posts as those that a model was asked."""
+    other = next(label for label in run.labels if label != run.positive)
+    posts = []
+    for index, name in enumerate(run.ids):
+        p = run.scores[index] if run.scores else None
+        posts.append(
+            {
+                "id": name,
+                "text": run.texts[index] if run.texts else None,
+                "label": run.truth[index],
+                "target_groups": run.groups[index],
+                "prediction": run.predicted[index],
+                "probabilities": None if p is None else {run.positive: p, other: 1 - p},
+                "cut": False,
+                "near_tie": False,
+            }
+        )
+    names = [name for name in run.columns if name not in ("cut", "near_tie")]
+    describe_posts(
+        posts,
+        [{name: run.columns[name][index] for name in names} for index in range(len(posts))],
+    )
+    return posts
+
+
+def align_run(run: Run, posts: list[dict[str, Any]], kind: str = "against") -> Answers:
+    """A run's answers in the order of the posts, by id, else by text; without them the reason.
+
+    Ends where the run has another true label for a post: then its answers are to another question.
+    """
+    name = run.name if kind == "compared" else against_name(run)
+
+    def places(keys: list[Any]) -> dict[Any, int]:
+        seen: Counter[Any] = Counter()
+        found = {}
+        for index, key in enumerate(keys):
+            found[key, seen[key]] = index
+            seen[key] += 1
+        return found
+
+    wanted, there = places([post["id"] for post in posts]), places(run.ids)
+    if not wanted.keys() & there.keys() and run.texts:
+        wanted, there = places([post["text"] for post in posts]), places(run.texts)
+    missing = len(wanted.keys() - there.keys())
+    if missing:
+        reason = f"it has no answer to {missing} of the {len(posts)} posts"
+        return Answers(name, kind, None, None, reason)
+    order = [there[key] for key in wanted]
+    for post, index in zip(posts, order, strict=True):
+        if run.truth[index] != post["label"]:
+            fail(
+                f"{run.origin} labels the post {visible(post['id'])} {run.truth[index]}, and it is "
+                f"{post['label']} here: the two were made from different data."
+            )
+    scores = run.scores and [run.scores[index] for index in order]
+    return Answers(name, kind, [run.predicted[index] for index in order], scores)
+
+
+def against_name(run: Run) -> str:
+    """What a run of --against is called in the tables: its adapter, file or strategy."""
+    place = run.origin.partition("@")[0].rstrip("/")
+    return f"{Path(place).stem}:{run.name}" if Path(place).suffix else Path(place).name
 
 
 # --- what is scored --------------------------------------------------------------------------
@@ -467,13 +782,14 @@ def read_posts(
         origin, columns = args.test_file, ("id", "text", "label", "target_groups")
         rows = read_jsonl(args.test_file, task.labels)
         posts = [{column: row.get(column) for column in columns} for row in rows]
+        described = rows
     else:
-        # A dataset other than the trained one may ask another question by the same name.
-        another = contract and args.dataset_repo and not args.prompt
-        config = task.name if task.prompt and not another else "unified"
+        config = choose_config(args, contract, task)
         origin = f"{dataset.name} ({config}/{args.split})"
         posts = read_rows(dataset, config, args.split)
+        described = posts if config == "unified" else read_columns(dataset, args.split, posts)
     check_posts(posts, origin)
+    describe_posts(posts, described)
     check_labels(posts, task.labels, origin)
     roles = [message["role"] for message in prompt_messages(task.prompt, "")] if task.prompt else []
     for post in posts:
@@ -490,6 +806,27 @@ def read_posts(
     return posts
 
 
+def choose_config(args: argparse.Namespace, contract: dict[str, Any], task: Task) -> str:
+    """The dataset's config to score: the prompt's, where its questions are those of the prompt."""
+    if args.dataset_config not in (None, "hatecheck"):
+        return args.dataset_config
+    # A dataset other than the trained one may ask another question by the same name.
+    another = contract and args.dataset_repo and not args.prompt
+    return task.name if task.prompt and not another else "unified"
+
+
+def read_columns(dataset: Repo, split: str, posts: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows of `unified` for the posts of another config; empty where there are none."""
+    from datasets import get_dataset_config_names
+
+    place = str(dataset.folder) if dataset.folder else dataset.name
+    with hub_errors(f"list the configs of {dataset.name}"):
+        if "unified" not in get_dataset_config_names(place, revision=dataset.revision):
+            return [{} for _ in posts]
+    rows = {str(row["id"]): row for row in read_rows(dataset, "unified", split)}
+    return [rows.get(str(post["id"]), {}) for post in posts]
+
+
 def read_ad_hoc_posts(args: argparse.Namespace) -> list[dict[str, Any]]:
     """The posts of --text or --input: `id`, `text` and no label. Their ids default to numbers."""
     if args.text is not None and args.text != "-":
@@ -499,7 +836,7 @@ def read_ad_hoc_posts(args: argparse.Namespace) -> list[dict[str, Any]]:
     elif args.input == "-":
         rows = split_lines(decode_posts(sys.stdin.buffer.read(), "stdin"))
     else:
-        rows = read_unlabelled(Path(args.input).expanduser(), args.text_column)
+        rows = read_unlabelled(Path(args.input).expanduser(), args.text_column or "text")
     posts = []
     for number, row in enumerate(rows, start=1):
         name = row.get("id")
@@ -2364,17 +2701,14 @@ def build_cells(*columns: Any) -> Cells:
     import numpy as np
 
     rows = np.column_stack([np.asarray(column, dtype=np.int64) for column in columns])
-    _, first, of, counts = np.unique(
-        rows, axis=0, return_index=True, return_inverse=True, return_counts=True
-    )
-    return Cells(of.reshape(-1), first, counts)
-
-
-def single_cells(n: int) -> Cells:
-    """Every post by itself."""
-    import numpy as np
-
-    return Cells(np.arange(n), np.arange(n), np.ones(n, dtype=np.int64))
+    # Sorting numbers is many times faster than sorting rows. A key is a cell so far and the next
+    # column's value, so it stays below n times the number of values.
+    of = np.zeros(len(rows), dtype=np.int64)
+    for column in rows.T:
+        values, kinds = np.unique(column, return_inverse=True)
+        of = np.unique(of * max(1, len(values)) + kinds, return_inverse=True)[1]
+    _, first, counts = np.unique(of, return_index=True, return_counts=True)
+    return Cells(of, first, counts)
 
 
 def intervals(
@@ -2383,79 +2717,87 @@ def intervals(
     """BCa bootstrap intervals (Efron 1987) of everything that `statistic` computes.
 
     `statistic` takes cell counts of shape (r, cells) and returns figures of shape (r,) by name.
-    Posts are drawn with replacement, which makes the cells' counts multinomial; all figures come
-    from the same draws, so a difference of two is a paired one. Returns for each name `value`,
-    `low` and `high`, None where undefined; an interval is None where less than nine tenths of the
-    draws have the figure, or where they all agree and say nothing of how far it could move.
+    Posts are drawn with replacement; of more than `MOST_CELLS` each is drawn a Poisson number of
+    times, which differs only in how many there are (Chamandy et al. 2012). All figures come from
+    the same draws, so a difference of two is a paired one. Returns `value`, `low` and `high` for
+    each name that has a value; both ends are None where less than nine tenths of the draws have
+    the figure, or where they all agree and say nothing of how far it could move.
     """
     import numpy as np
 
     counts = np.asarray(counts)
-    n = int(counts.sum())
+    n, size = int(counts.sum()), len(counts)
     if n == 0:
         return {}
-    draws = np.random.default_rng(seed).multinomial(n, counts / n, size=resamples)
-    without_one = counts - np.eye(len(counts), dtype=np.int64)
-
-    def compute(rows: Any) -> dict[Any, Any]:
-        parts = [
-            statistic(rows[start : start + 1000].astype(np.float32))
-            for start in range(0, len(rows), 1000)
-        ]
-        return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-
-    point = compute(counts[None])
+    figures = statistic(counts[None].astype(np.float32))
+    point = {name: values[0] for name, values in figures.items() if np.isfinite(values[0])}
     if not point:
         return {}
-    names = list(point)
-    drawn, left = compute(draws), compute(without_one)
-    low, high = bca(
-        np.array([point[name][0] for name in names]),
-        np.stack([drawn[name] for name in names], axis=1),
-        np.stack([left[name] for name in names], axis=1),
-        counts,
+    chance, cell_of = np.random.default_rng(seed), np.repeat(np.arange(size), counts)
+
+    def draw(rows: Any) -> Any:
+        if n > MOST_CELLS:
+            return chance.poisson(counts, (len(rows), size))
+        drawn = cell_of[chance.integers(0, n, (len(rows), n))]
+        drawn += size * np.arange(len(rows))[:, None]
+        return np.bincount(drawn.ravel(), minlength=len(rows) * size).reshape(-1, size)
+
+    def leave_one_out(rows: Any) -> Any:
+        return counts - (rows[:, None] == np.arange(size))
+
+    def compute(make: Callable[[Any], Any], rows: int) -> Any:
+        """(figures, rows); a thousand rows at a time, for the memory."""
+        parts = []
+        for some in np.split(np.arange(rows), range(1000, rows, 1000)):
+            figures = statistic(make(some).astype(np.float32))
+            parts.append(np.stack([figures[name] for name in point]))
+        return np.concatenate(parts, axis=1)
+
+    ends = bca(
+        np.array([*point.values()]), compute(draw, resamples), compute(leave_one_out, size), counts
     )
-    found = {}
-    for index, name in enumerate(names):
-        values = (point[name][0], low[index], high[index])
-        found[name] = {
-            key: None if math.isnan(value) else float(value)
-            for key, value in zip(("value", "low", "high"), values, strict=True)
+    return {
+        name: {"value": float(point[name])}
+        | {
+            key: None if math.isnan(end) else float(end)
+            for key, end in zip(("low", "high"), both, strict=True)
         }
-    return found
+        for name, *both in zip(point, *ends, strict=True)
+    }
 
 
 def bca(point: Any, drawn: Any, without_one: Any, counts: Any) -> tuple[Any, Any]:
     """The ends of 95 % BCa intervals; nan where there is none.
 
-    Shapes: `point` (k,), `drawn` (resamples, k), `without_one` (cells, k): the figure without one
+    Shapes: `point` (k,), `drawn` (k, resamples), `without_one` (k, cells): the figure without one
     post of that cell, of which there are `counts`.
     """
     import numpy as np
     from scipy.special import ndtr, ndtri
 
-    drawn = np.sort(drawn, axis=0)  # nan goes last
-    valid = np.isfinite(drawn).sum(0)
+    drawn, value = np.sort(drawn, axis=1), point[:, None]  # nan goes last
+    valid = np.isfinite(drawn).sum(1)
     with np.errstate(divide="ignore", invalid="ignore"):
-        below = ((drawn < point).sum(0) + (drawn == point).sum(0) / 2) / valid
-        edge = 1 / (2 * len(drawn))
+        below = ((drawn < value).sum(1) + (drawn == value).sum(1) / 2) / valid
+        edge = 1 / (2 * drawn.shape[1])
         bias = ndtri(np.clip(below, edge, 1 - edge))
-        weights = np.where(np.isfinite(without_one), counts[:, None], 0)
+        weights = np.where(np.isfinite(without_one), counts, 0)
         values = np.nan_to_num(without_one)
-        away = np.where(weights > 0, (weights * values).sum(0) / weights.sum(0) - values, 0)
-        size = (weights * away**2).sum(0)
-        skew = np.where(size > 0, (weights * away**3).sum(0) / (6 * size**1.5), 0)
+        mean = (weights * values).sum(1) / weights.sum(1)
+        away = np.where(weights > 0, mean[:, None] - values, 0)
+        size = (weights * away**2).sum(1)
+        skew = np.where(size > 0, (weights * away**3).sum(1) / (6 * size**1.5), 0)
+        rows = np.arange(len(drawn))
         ends = []
         for z in (-NORMAL_95, NORMAL_95):
             place = ndtr(bias + (bias + z) / (1 - skew * (bias + z))) * (valid - 1)
             place = np.nan_to_num(np.clip(place, 0, valid - 1))
             under = np.floor(place).astype(np.int64)
             over = np.minimum(under + 1, np.maximum(valid - 1, 0))
-            columns = np.arange(drawn.shape[1])
             step = place - under
-            ends.append((1 - step) * drawn[under, columns] + step * drawn[over, columns])
-        last = drawn[np.maximum(valid - 1, 0), np.arange(drawn.shape[1])]
-        usable = (valid >= 0.9 * len(drawn)) & (last > drawn[0]) & np.isfinite(point)
+            ends.append((1 - step) * drawn[rows, under] + step * drawn[rows, over])
+        last = drawn[rows, np.maximum(valid - 1, 0)]
+        usable = (valid >= 0.9 * drawn.shape[1]) & (last > drawn[:, 0]) & np.isfinite(point)
     return tuple(np.where(usable, end, np.nan) for end in ends)
 
 
@@ -2521,34 +2863,51 @@ def pair_order(high: Any, low: Any) -> Any:
     return ((high[:, None] > low) + (high[:, None] == low) / 2).astype(np.float32)
 
 
-def auc(counts: Any, scores: Any, positives: Any, negatives: Any) -> Any:
-    """Area under the ROC curve for each row of cell counts (r, cells); nan where a side is empty.
+def auc(high: Any, low: Any, order: Any) -> Any:
+    """Area under the ROC curve, (r,), of two sides' counts (r, h) and (r, l); nan if one is empty.
 
-    `scores` (cells,), `positives` and `negatives` are the cells of the two sides.
+    `order` (h, l) is the `pair_order` of the two sides' scores.
     """
     import numpy as np
 
-    first, second = counts[:, positives], counts[:, negatives]
-    order = pair_order(scores[positives], scores[negatives])
-    pairs = first.sum(1, dtype=np.float64) * second.sum(1, dtype=np.float64)
+    pairs = high.sum(1, dtype=np.float64) * low.sum(1, dtype=np.float64)
     with np.errstate(divide="ignore", invalid="ignore"):
-        return ((first @ order) * second).sum(1, dtype=np.float64) / pairs
+        return ((high @ order) * low).sum(1, dtype=np.float64) / pairs
 
 
-def average_precision(counts: Any, scores: Any, positive: Any) -> Any:
-    """Mean precision over the positive posts, by falling score; nan without any. Shape (r,)."""
+def average_precision(high: Any, low: Any, scores: Any, low_scores: Any) -> Any:
+    """Mean precision over the positive posts by falling score, (r,); nan without any.
+
+    `high` (r, h) and `low` (r, l) count the posts with the positive label and the others; the
+    scores are (h,) and (l,). Equal scores are taken together.
+    """
+    import numpy as np
+
+    hits = high @ (scores[:, None] >= scores).astype(high.dtype)
+    wrong = low @ (low_scores[:, None] >= scores).astype(low.dtype)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        precision = np.where(high > 0, hits / (hits + wrong), 0)
+        return (high * precision).sum(1, dtype=np.float64) / high.sum(1, dtype=np.float64)
+
+
+def rank_posts(truth: Any, scores: Any) -> tuple[float, float]:
+    """Area under the ROC curve and average precision of posts (n,); nan where undefined.
+
+    What scikit-learn's functions return, with one sort for both.
+    """
     import numpy as np
 
     order = np.argsort(-scores, kind="stable")
-    ranked = counts[:, order].astype(np.float64)
-    hits = np.cumsum(ranked * positive[order], axis=1)
-    taken = np.cumsum(ranked, axis=1)
     # Equal scores are taken together.
-    last = np.flatnonzero(np.append(np.diff(scores[order]) != 0, True))
-    hits, taken = hits[:, last], taken[:, last]
+    last = np.flatnonzero(np.append(np.diff(scores[order]) != 0, True)) if len(order) else order
+    hits = np.cumsum(truth[order], dtype=np.float64)[last]
+    wrong = last + 1 - hits
+    gained = np.diff(hits, prepend=0)
     with np.errstate(divide="ignore", invalid="ignore"):
-        precision = np.where(taken > 0, hits / taken, 0)
-        return (np.diff(hits, axis=1, prepend=0) * precision).sum(1) / hits[:, -1]
+        area = (np.diff(wrong, prepend=0) * (hits - gained / 2)).sum() / (
+            truth.sum() * (len(truth) - truth.sum(dtype=np.float64))
+        )
+        return float(area), float((gained * hits / (last + 1)).sum() / np.float64(truth.sum()))
 
 
 def equal_mass_bins(scores: Any, most: int = 10) -> Any:
@@ -2607,7 +2966,7 @@ class Sample:
     `truth` (n,) and each of `predicted` (n,) are numbers of `labels`, -1 an answer without label;
     each of `scores` (n,) is p of the positive label or None. `members` (n,) are the posts of each
     group; a post that is aimed at several stands in each. `varied` are the strategies that do not
-    give every post the same answer.
+    give every post the same answer and score.
     """
 
     labels: list[str]
@@ -2629,7 +2988,15 @@ class Sample:
 
     @property
     def varied(self) -> list[str]:
-        return [name for name, answers in self.predicted.items() if len({*answers.tolist()}) > 1]
+        return [
+            name
+            for name, answers in self.predicted.items()
+            if any(
+                len(values) and (values != values[0]).any()
+                for values in (answers, self.scores[name])
+                if values is not None
+            )
+        ]
 
     def decided(self, strategy: str) -> Any:
         """(n,): its answers, where one without label counts as a wrong label."""
@@ -2673,8 +3040,8 @@ def build_figures(sample: Sample, strategy: str, posts: Any, decided: Any = None
     """Counts and figures of one strategy over some posts (n,), the positive label against the rest.
 
     Answers without label are left out of the rates and counted, unless `decided` (n,) gives
-    labels for them. F1 is 2 TP / (2 TP + FP + FN); a figure over labels is undefined where a
-    label has no post.
+    labels for them; figures of scores are over all posts, which have one each. F1 is
+    2 TP / (2 TP + FP + FN); a figure over labels is undefined where a label has no post.
     """
     import numpy as np
 
@@ -2712,7 +3079,7 @@ def build_figures(sample: Sample, strategy: str, posts: Any, decided: Any = None
         "f1_macro": number(figures["f1_macro"], n, over_labels),
         "f1_weighted": number(figures["f1_weighted"], n, "no posts"),
         "mcc": number(figures["mcc"], n, f"{over_labels}, or one label only is predicted"),
-        **score_figures(sample, sample.scores[strategy], parsed),
+        **score_figures(sample, sample.scores[strategy], posts),
     }
 
 
@@ -2725,7 +3092,6 @@ def name_of_negative(labels: list[str], positive: str) -> str:
 def score_figures(sample: Sample, scores: Any, posts: Any) -> dict[str, Any]:
     """AUROC, average precision, Brier score and calibration error of p over some posts (n,)."""
     import numpy as np
-    from sklearn.metrics import average_precision_score, roc_auc_score
 
     n = int(posts.sum())
     positive = sample.labels[sample.positive]
@@ -2739,13 +3105,14 @@ def score_figures(sample: Sample, scores: Any, posts: Any) -> dict[str, Any]:
         return {name: number(None, n, reason) for name in names}
     truth, p = sample.positives[posts], scores[posts]
     hits = int(truth.sum())
+    area, precision = rank_posts(truth, p)
     error = calibration_error(np.ones((1, n)), p, truth, equal_mass_bins(p))[0]
     reason = f"no {positive} posts"
     if hits == n:
         reason = f"no {name_of_negative(sample.labels, positive)} posts"
     return {
-        "roc_auc": number(roc_auc_score(truth, p) if 0 < hits < n else None, n, reason),
-        "average_precision": number(average_precision_score(truth, p) if hits else None, n, reason),
+        "roc_auc": number(area, n, reason),
+        "average_precision": number(precision, n, reason),
         "brier": number(float(((p - truth) ** 2).mean()), n, ""),
         "ece": number(error, n, ""),
     }
@@ -2877,10 +3244,12 @@ def build_bias(
         gap["max_min"] |= {"p": gap_p.get(rate), "p_holm": adjusted.get(rate)}
         found = rate in gap_p and adjusted[rate] < 0.05
         gap["significant"] = found if rate in gap_p else None
-        if gap["max_min"]["low"] is not None:
-            # Its draws never reach 0; the permutations say whether they should.
-            low = gap["max_min"]["low"] if gap_p[rate] < 0.05 else 0
-            gap["max_min"]["low"] = max(0.0, low)
+        # The draws of a largest difference never reach 0, nor those of a ratio 1; the permutations
+        # say whether they should.
+        if gap["max_min"]["low"] is not None and gap_p[rate] >= 0.05:
+            gap["max_min"]["low"] = 0.0
+        if gap["min_max_ratio"]["high"] is not None and gap_p[rate] >= 0.05:
+            gap["min_max_ratio"]["high"] = 1.0
         for group, one in gap["groups"].items():
             p, p_holm = group_p.get((rate, group)), group_adjusted.get((rate, group))
             allowed = found or rate not in gap_p
@@ -2898,7 +3267,13 @@ def build_bias(
         values = [[groups[group][rate]["value"] for group in enough] for rate in rates]
         value = max(max(row) - min(row) for row in values) if len(enough) > 1 else None
         entry[key] = number(value, len(enough), TOO_FEW_GROUPS)
-        add_interval(entry[key], counted.get((name, key), {"low": None}))
+        drawn = (name, key) if len(rates) > 1 else (name, "gap", rates[0])
+        add_interval(entry[key], counted.get(drawn, {"low": None}))
+        if len(enough) > 1:
+            p = difference_p(sample, name, rates, enough, seed)
+            entry[key]["p"] = p
+            if entry[key]["low"] is not None and p >= 0.05:
+                entry[key]["low"] = 0.0
         entry[key]["left_out"] = [group for group in sample.groups if group not in enough]
     for key in ("roc_auc", "bpsn_auc", "bnsp_auc"):
         values = [groups[group][key]["value"] for group in sample.groups]
@@ -2911,6 +3286,21 @@ def build_bias(
         }
         add_interval(entry["power_means"][key], ranked.get((name, "mean", key), {"low": None}))
     return entry
+
+
+def difference_p(
+    sample: Sample, name: str, rates: tuple[str, ...], enough: list[str], seed: int
+) -> float:
+    """Permutation p-value of the largest difference of some rates, corrected for their number."""
+    answers = sample.predicted[name]
+    flagged, parsed = answers == sample.positive, answers >= 0
+    tested = error_posts(sample, name) | {"flag_rate": (flagged, parsed)}
+    members, compared = stack_members(sample, enough), [*range(len(enough))]
+    p_values = []
+    for rate in rates:
+        error, posts = tested[rate]
+        p_values.append(permute_groups(error[posts], members[posts], compared, seed)[0])
+    return min(1.0, len(rates) * min(p_values))
 
 
 TOO_FEW_GROUPS = f"fewer than two groups have {MIN_DENOMINATOR} posts to count"
@@ -2996,14 +3386,15 @@ COMPARED_IN_GROUPS = ("accuracy", "f1", "false_positive_rate", "false_negative_r
 def count_intervals(sample: Sample, pairs: list[tuple[str, str]], seed: int) -> dict[Any, Any]:
     """Intervals of everything that is counted, from one set of resamples of the posts.
 
-    Names: (strategy, "overall", figure); (strategy, "gap" | "ratio", rate); (strategy,
-    "equalized_odds_difference" | "demographic_parity_difference"); and for each of `pairs` (first,
-    second, place, figure), the first's figure less the second's.
+    Names: (strategy, "overall", figure); (strategy, "gap" | "ratio", rate), flag_rate among the
+    rates; (strategy, "equalized_odds_difference"); and for each of `pairs` (first, second, place,
+    figure), the first's figure less the second's.
     """
     import numpy as np
 
     forms = {(name, False): answers for name, answers in sample.predicted.items()}
-    forms |= {(name, True): sample.decided(name) for pair in pairs for name in pair}
+    unparsed = {name for pair in pairs for name in pair if (sample.predicted[name] < 0).any()}
+    forms |= {(name, True): sample.decided(name) for name in sorted(unparsed)}
     places = {"overall": np.ones(len(sample.truth), dtype=bool), **sample.members}
     cells = build_cells(sample.truth, stack_members(sample, list(sample.members)), *forms.values())
     size = len(sample.labels)
@@ -3019,6 +3410,8 @@ def count_intervals(sample: Sample, pairs: list[tuple[str, str]], seed: int) -> 
     design = design.reshape(len(rows), -1)
     place_of = {name: index for index, name in enumerate(places)}
     form_of = {form: index for index, form in enumerate(forms)}
+    form_of = {(name, True): form_of[name, False] for name in sample.predicted} | form_of
+    varied = sample.varied
     rates = ("false_positive_rate", "false_negative_rate", "flag_rate")
     tables = (cells.counts @ design).reshape(shape)
     below = {
@@ -3026,6 +3419,16 @@ def count_intervals(sample: Sample, pairs: list[tuple[str, str]], seed: int) -> 
         "false_negative_rate": tables[..., sample.positive, :].sum(-1),
         "flag_rate": tables.sum((-2, -1)),
     }
+
+    def enough(form: int, *needed: str) -> list[int]:
+        return [
+            place_of[group]
+            for group in sample.groups
+            if all(below[rate][form, place_of[group]] >= MIN_DENOMINATOR for rate in needed)
+        ]
+
+    def spread(values: Any, some: list[int]) -> Any:
+        return values[:, some].max(1) - values[:, some].min(1)
 
     def statistic(counts: Any) -> dict[Any, Any]:
         tables = (counts @ design).reshape(len(counts), *shape)
@@ -3035,27 +3438,19 @@ def count_intervals(sample: Sample, pairs: list[tuple[str, str]], seed: int) -> 
             form = form_of[name, False]
             for key in RESAMPLED:
                 found[name, "overall", key] = figures[key][:, form, 0]
-            if name not in sample.varied:
+            if name not in varied:
                 continue
-            spread = {}
             for rate in rates:
-                values = figures[rate][:, form]
-                enough = [
-                    place_of[group]
-                    for group in sample.groups
-                    if below[rate][form, place_of[group]] >= MIN_DENOMINATOR
-                ]
-                if len(enough) < 2:
-                    continue
-                highest, lowest = values[:, enough].max(1), values[:, enough].min(1)
-                spread[rate] = found[name, "gap", rate] = highest - lowest
-                with np.errstate(divide="ignore", invalid="ignore"):
-                    found[name, "ratio", rate] = lowest / highest
-            if len(spread) == 3:
+                values, some = figures[rate][:, form], enough(form, rate)
+                if len(some) > 1:
+                    found[name, "gap", rate] = spread(values, some)
+                    with np.errstate(divide="ignore", invalid="ignore"):
+                        found[name, "ratio", rate] = values[:, some].min(1) / values[:, some].max(1)
+            some = enough(form, *rates[:2])
+            if len(some) > 1:
                 found[name, "equalized_odds_difference"] = np.maximum(
-                    spread["false_positive_rate"], spread["false_negative_rate"]
+                    *(spread(figures[rate][:, form], some) for rate in rates[:2])
                 )
-                found[name, "demographic_parity_difference"] = spread["flag_rate"]
         for first, second in pairs:
             one, other = form_of[first, True], form_of[second, True]
             for place in ("overall", *sample.members):
@@ -3064,11 +3459,7 @@ def count_intervals(sample: Sample, pairs: list[tuple[str, str]], seed: int) -> 
                 for key in keys:
                     values = figures[key]
                     found[first, second, place, key] = values[:, one, at] - values[:, other, at]
-        return {
-            key: values
-            for key, values in found.items()
-            if len(values) > 1 or np.isfinite(values).all()
-        }
+        return found
 
     return intervals(statistic, cells.counts, seed)
 
@@ -3090,10 +3481,29 @@ def rank_intervals(
     found: dict[Any, dict[str, Any]] = {}
     for name in scored:
         found |= rank_some(sample, [name], [], SCORE_LEVELS, seed)
-    for pair in pairs:
+    exact = {name: score_values(sample, name) for pair in pairs for name in pair}
+    for first, second in pairs:
         levels = max(4, int(math.sqrt(MOST_CELLS / 2 / 2 ** min(len(sample.groups), 3))))
-        both = rank_some(sample, [*pair], [pair], levels, seed)
-        found |= {key: value for key, value in both.items() if len(key) == 4}
+        both = rank_some(sample, [first, second], [(first, second)], levels, seed)
+        for key, figure in both.items():
+            if len(key) == 4:
+                away = exact[first][key[2:]] - exact[second][key[2:]]
+                found[key] = number(away, 0, "")
+                add_interval(found[key], figure)
+    return found
+
+
+def score_values(sample: Sample, name: str) -> dict[tuple[str, str], Any]:
+    """A strategy's figures of scores that differences are made of, by place and figure."""
+    import numpy as np
+
+    scores = sample.scores[name]
+    overall = score_figures(sample, scores, np.ones(len(scores), dtype=bool))
+    found = {("overall", key): figure["value"] for key, figure in overall.items()}
+    for group, posts in sample.members.items():
+        found[group, "roc_auc"] = score_figures(sample, scores, posts)["roc_auc"]["value"]
+        for key, figure in group_auc(sample, name, group).items():
+            found[group, key] = figure["value"]
     return found
 
 
@@ -3104,76 +3514,114 @@ def rank_some(
     levels: int | None,
     seed: int,
 ) -> dict[Any, dict[str, Any]]:
-    """`rank_intervals` of some strategies, drawn together; without `levels` post by post."""
+    """`rank_intervals` of some strategies, drawn together; without `levels` score by score."""
     import numpy as np
 
     if not strategies:
         return {}
-    n, members = len(sample.truth), stack_members(sample, list(sample.members))
-    if levels is None:
-        cells = single_cells(n)
-        scores = {name: sample.scores[name] for name in strategies}
-    else:
-        ranks = {name: equal_mass_bins(sample.scores[name], levels) for name in strategies}
-        cells = build_cells(sample.positives, members, *ranks.values())
-        scores = {
-            name: np.bincount(rank, weights=sample.scores[name]) / np.maximum(np.bincount(rank), 1)
-            for name, rank in ranks.items()
-        }
-        scores = {name: scores[name][ranks[name]] for name in strategies}
-
-    def mean_of(values: Any) -> Any:
-        return np.bincount(cells.of, weights=values) / cells.counts
-
+    ranks, scores = {}, {}
+    for name in strategies:
+        own = sample.scores[name]
+        rank = equal_mass_bins(own, levels) if levels else np.unique(own, return_inverse=True)[1]
+        ranks[name] = rank
+        scores[name] = (np.bincount(rank, own) / np.maximum(np.bincount(rank), 1))[rank]
+    members = stack_members(sample, list(sample.members))
+    cells = build_cells(sample.positives, members, *ranks.values())
     positive = sample.positives[cells.first]
-    inside = dict(zip(sample.members, members[cells.first].T, strict=True))
     everything = np.ones(len(positive), dtype=bool)
-    level = {name: scores[name][cells.first] for name in strategies}
-    mean = {name: mean_of(sample.scores[name]) for name in strategies}
-    squared = {name: mean_of((sample.scores[name] - sample.positives) ** 2) for name in strategies}
-    sides: dict[tuple[str, str], tuple[Any, Any]] = {("overall", "roc_auc"): (positive, ~positive)}
-    for group, posts in inside.items():
-        sides[group, "roc_auc"] = (positive & posts, ~positive & posts)
-        if group != NO_TARGET:
-            sides[group, "bpsn_auc"] = (positive & ~posts, ~positive & posts)
-            sides[group, "bnsp_auc"] = (positive & posts, ~positive & ~posts)
-    bins = {
-        (name, place): equal_mass_bins(level[name][posts])
-        for name in strategies
-        for place, posts in (("overall", everything), *inside.items())
+    places = {"overall": everything}
+    places |= dict(zip(sample.members, members[cells.first].T, strict=True))
+    # Of each place the posts inside (True) and outside, with the positive label (True) and without.
+    masks = {
+        (place, within, label): (posts == within) & (positive == label)
+        for place, posts in places.items()
+        for within in (True, False)
+        for label in (True, False)
     }
+    sides: dict[tuple[str, str], tuple[Any, Any]] = {}
+    for place in places:
+        sides[place, "roc_auc"] = (place, True, True), (place, True, False)
+        if place in sample.groups:
+            sides[place, "bpsn_auc"] = (place, False, True), (place, True, False)
+            sides[place, "bnsp_auc"] = (place, True, True), (place, False, False)
+    sides = {key: side for key, side in sides.items() if all(masks[one].any() for one in side)}
+    used = dict.fromkeys(one for side in sides.values() for one in side)
+    used |= dict.fromkeys((("overall", True, True), ("overall", True, False)))
+    inside = np.stack([*places.values()], axis=1).astype(np.float64)
+    calibration = {name: calibration_design(sample, cells, scores[name]) for name in strategies}
+    # What the sides are counted by: without levels the cells themselves, else the levels.
+    rank_of: dict[Any, Any] = {}
+    blocks: dict[str, Any] = {}
+    for name in strategies:
+        own = ranks[name][cells.first]
+        every = np.arange(own.max() + 1)
+        for mask in used:
+            rank_of[name, mask] = every if levels else own[masks[mask]]
+        if levels:
+            level = own[:, None] == every
+            stacked = [level & masks[mask][:, None] for mask in used]
+            blocks[name] = np.concatenate(stacked, axis=1).astype(np.float32)
+    order = {
+        (name, side): pair_order(rank_of[name, side[0]], rank_of[name, side[1]])
+        for name in strategies
+        for side in sides.values()
+    }
+    at = {mask: np.flatnonzero(masks[mask]) for mask in used}
 
     def statistic(counts: Any) -> dict[Any, Any]:
         found: dict[Any, Any] = {}
-        total = counts.sum(1, dtype=np.float64)
+        sizes = counts @ inside
+        split = {mask: np.take(counts, posts, axis=1) for mask, posts in at.items() if not levels}
         for name in strategies:
-            for (place, key), (high, low) in sides.items():
-                if high.any() and low.any():
-                    found[name, place, key] = auc(counts, level[name], high, low)
-            if positive.any():
-                found[name, "overall", "average_precision"] = average_precision(
-                    counts, level[name], positive
-                )
-            found[name, "overall", "brier"] = counts @ squared[name] / total
-            for place, posts in (("overall", everything), *inside.items()):
-                if posts.any():
-                    found[name, place, "ece"] = calibration_error(
-                        counts[:, posts], mean[name][posts], positive[posts], bins[name, place]
-                    )
+            if levels:
+                counted = np.split(counts @ blocks[name], len(used), axis=1)
+                split = dict(zip(used, counted, strict=True))
+            for (place, key), side in sides.items():
+                pair = split[side[0]], split[side[1]]
+                found[name, place, key] = auc(*pair, order[name, side])
+            both = ("overall", True, True), ("overall", True, False)
+            found[name, "overall", "average_precision"] = average_precision(
+                *(split[mask] for mask in both), *(rank_of[name, mask] for mask in both)
+            )
+            inner, squared = calibration[name]
+            found[name, "overall", "brier"] = counts @ squared / sizes[:, 0]
+            away = np.abs(counts @ inner).reshape(len(counts), len(places), -1).sum(-1)
+            with np.errstate(divide="ignore", invalid="ignore"):
+                away /= sizes
+            for index, place in enumerate(places):
+                found[name, place, "ece"] = away[:, index]
             for key in ("roc_auc", "bpsn_auc", "bnsp_auc"):
-                each = [
-                    (name, group, key) for group in sample.groups if (name, group, key) in found
-                ]
+                each = [found[name, group, key] for group in sample.groups if (group, key) in sides]
                 if each:
-                    found[name, "mean", key] = power_mean([found[group] for group in each])
+                    found[name, "mean", key] = power_mean(each)
         for first, second in pairs:
             for place, key in (*sides, ("overall", "average_precision"), ("overall", "brier")):
-                if (first, place, key) in found:
-                    away = found[first, place, key] - found[second, place, key]
-                    found[first, second, place, key] = away
+                away = found[first, place, key] - found[second, place, key]
+                found[first, second, place, key] = away
         return found
 
     return intervals(statistic, cells.counts, seed)
+
+
+def calibration_design(sample: Sample, cells: Cells, scores: Any) -> tuple[Any, Any]:
+    """What cell counts are multiplied by for calibration and Brier score; `scores` are (n,).
+
+    (cells, places * bins): a cell's label less its score, in its bin of each place that it is in;
+    and (cells,): its mean squared error.
+    """
+    import numpy as np
+
+    positives = sample.positives.astype(np.float64)
+    bins = []
+    for posts in (np.ones(len(scores), dtype=bool), *sample.members.values()):
+        bin_of = np.full(len(scores), -1)
+        bin_of[posts] = equal_mass_bins(scores[posts])
+        bins.append(bin_of[cells.first])
+    width = max(1, max(int(one.max()) for one in bins) + 1)
+    chosen = np.concatenate([one[:, None] == np.arange(width) for one in bins], axis=1)
+    away = np.bincount(cells.of, positives - scores) / cells.counts
+    squared = np.bincount(cells.of, (positives - scores) ** 2) / cells.counts
+    return chosen * away[:, None], squared
 
 
 def build_comparison(
@@ -3201,7 +3649,9 @@ def build_comparison(
     def difference(place: str, key: str, size: int) -> dict[str, Any]:
         found = counted.get((first, second, place, key)) or ranked.get((first, second, place, key))
         if not found:
-            return number(None, size, "undefined for one of the two")
+            outside = place == NO_TARGET and key in ("bpsn_auc", "bnsp_auc")
+            reason = "not a target group" if outside else "undefined for one of the two"
+            return number(None, size, reason)
         figure = number(found["value"], size, "")
         return figure | {"low": found["low"], "high": found["high"]}
 
@@ -3272,23 +3722,34 @@ def answer_strategies(
 
 
 def build_metrics(
-    args: argparse.Namespace, task: Task, posts: list[dict[str, Any]], strategies: list[Answers]
-) -> dict[str, Any]:
-    """Everything that metrics.json holds: figures of each strategy over all and per group, gaps
-    between groups, and the differences of the first one, the model, from all others."""
+    args: argparse.Namespace,
+    task: Task,
+    posts: list[dict[str, Any]],
+    strategies: list[Answers],
+    probes: Probes | None = None,
+) -> tuple[dict[str, Any], Sample]:
+    """Everything that metrics.json holds, and the arrays that it was computed from.
+
+    Figures of each strategy over all posts and per group, gaps between groups, the differences of
+    the first strategy, the model, from all others, and what else was asked of the model.
+    """
+    strategies = with_own_names(strategies)
     truth = [post["label"] for post in posts]
     members = group_members(posts, task.groups)
     sample = build_sample(task.labels, task.positive, truth, members, strategies)
-    answered = [*sample.predicted]
-    pairs = [(answered[0], other) for other in answered[1:]]
+    model, *others = sample.predicted
+    pairs = [(model, other) for other in others]
     counted = count_intervals(sample, pairs, args.seed)
     ranked = rank_intervals(sample, pairs, args.seed)
-    return {
+    columns = [*dict.fromkeys(["source", "length", "agreement", *(args.slice_by or [])])]
+    check_columns_there(posts, args.slice_by or [])
+    binary = len(task.labels) == 2
+    metrics = {
         "schema": SCHEMA,
         "labels": task.labels,
         "positive_label": task.positive,
         "negative": task.negative,
-        "threshold": args.threshold if len(task.labels) == 2 else None,
+        "threshold": args.threshold if binary else None,
         "n": len(posts),
         "cut_posts": sum(post["cut"] for post in posts),
         "near_ties": sum(post["near_tie"] for post in posts),
@@ -3299,7 +3760,36 @@ def build_metrics(
             build_strategy(sample, one, ranked, counted, args.seed) for one in strategies
         ],
         "comparisons": [build_comparison(sample, *pair, counted, ranked) for pair in pairs],
+        "slices": build_slices(sample, posts, columns),
+        "prevalence": build_prevalence(sample, model, args.prevalence),
+        "offensive_rules": build_offensive_rules(sample, posts),
+        "people": build_people(sample, posts, args.seed),
+        "sweep": None if sample.scores[model] is None or not binary else build_sweep(sample, model),
     }
+    metrics |= report_probes(args, task, posts, members, probes)
+    metrics["gates"] = judge(metrics, expand_requirements(args.require or [], metrics), args.strict)
+    return metrics, sample
+
+
+def with_own_names(strategies: list[Answers]) -> list[Answers]:
+    """The strategies, where two have the same name the later one with a number."""
+    seen: Counter[str] = Counter()
+    named = []
+    for one in strategies:
+        seen[one.strategy] += 1
+        count = seen[one.strategy]
+        named.append(one if count == 1 else replace(one, strategy=f"{one.strategy} {count}"))
+    return named
+
+
+def check_columns_there(posts: list[dict[str, Any]], names: list[str]) -> None:
+    """End on a --slice_by column that no post has."""
+    there = sorted({name for post in posts for name in post["columns"]})
+    for name in names:
+        if name not in there:
+            fail(
+                f"--slice_by {name}: the posts have no such column. There are: {', '.join(there)}."
+            )
 
 
 def group_members(posts: list[dict[str, Any]], groups: list[str]) -> dict[str, list[int]]:
@@ -3666,6 +4156,1421 @@ def plain_cell(text: str) -> str:
     return text
 
 
+# --- behaviour -------------------------------------------------------------------------------
+
+EVASIONS = ("leet", "spacing", "homoglyphs", "zero_width", "elongation")
+# Of the words that a perturbation can change it changes this share, rounded up: the post stays
+# readable, as it must for those who evade a filter to be understood.
+EVASION_SHARE = 0.5
+LEET = str.maketrans("aeiostAEIOST", "431057431057")
+# Cyrillic letters that look like the Latin ones.
+HOMOGLYPHS = str.maketrans(
+    "aceiopxyABCEHKMOPTX",
+    "\u0430\u0441\u0435\u0456\u043e\u0440\u0445\u0443"
+    "\u0410\u0412\u0421\u0415\u041d\u041a\u041c\u041e\u0420\u0422\u0425",
+)
+ZERO_WIDTH = "\u200b"
+# Links, e-mail addresses, mentions, hashtags, placeholders such as <user> and [URL], HTML entities.
+PROTECTED = (
+    r"(?<!\w)\w[\w+.-]*://\S+|www\.\S+|(?<![\w.-])[\w-]+(?:\.[\w-]+)+/\S*|"
+    r"(?<![\w.+-])[\w.+-]*@\w[\w.-]*|[@#]\w+|<[^<>\s]{1,40}>|\[\w{2,20}\]|&\#?\w+;"
+)
+WORDS = re.compile(rf"{PROTECTED}|(?P<word>[^\W\d_]{{3,}})")
+
+
+def evade_word(word: str, kind: str) -> str:
+    """One word as somebody writes it who evades a filter; the same where the kind cannot act."""
+    if kind == "leet":
+        return word.translate(LEET)
+    if kind == "homoglyphs":
+        return word.translate(HOMOGLYPHS)
+    if kind == "elongation":
+        return re.sub("[aeiouAEIOU]", lambda vowel: vowel[0] * 3, word, count=1)
+    return (" " if kind == "spacing" else ZERO_WIDTH).join(word)
+
+
+def perturb(text: str, kind: str, seed: int) -> str | None:
+    """The text with half of its words changed in one of the ways of EVASIONS; None without any.
+
+    Words are runs of three letters or more. Leet writes digits for a e i o s t, spacing and
+    zero_width put a space or U+200B between all letters, homoglyphs put Cyrillic for Latin
+    letters, elongation writes the first vowel three times. Links, mentions, hashtags and
+    placeholders stay. The words are drawn from seed, kind and text: a post's result does not
+    depend on the posts beside it.
+    """
+    changed = {}
+    for match in WORDS.finditer(text):
+        word = match["word"]
+        if word and (other := evade_word(word, kind)) != word:
+            changed[match.start()] = (match.end(), other)
+    if not changed:
+        return None
+    # In ASCII: a lone surrogate has no UTF-8, and a seed is hashed as bytes.
+    draw = random.Random(f"{seed} {kind} {text!a}")
+    chosen = draw.sample(sorted(changed), math.ceil(EVASION_SHARE * len(changed)))
+    parts, place = [], 0
+    for start in sorted(chosen):
+        end, other = changed[start]
+        parts += [text[place:start], other]
+        place = end
+    return "".join([*parts, text[place:]])
+
+
+def build_perturbed(
+    posts: list[dict[str, Any]], positive: str, seed: int
+) -> list[tuple[str, int, str]]:
+    """(kind, index of the post, text) of each positive post in each way that changes it."""
+    found = []
+    for kind in EVASIONS:
+        for index, post in enumerate(posts):
+            if post["label"] == positive:
+                text = perturb(post["text"], kind, seed)
+                if text is not None:
+                    found.append((kind, index, text))
+    return found
+
+
+def paired_difference(both: int, only_first: int, only_second: int, neither: int) -> dict[str, Any]:
+    """The first rate less the second, both over the same posts, with a 95 % interval.
+
+    Newcombe's (1998) method 10 for paired proportions: two Wilson intervals, joined by the
+    correlation phi, whose numerator is corrected for continuity where it is positive.
+    """
+    n = both + only_first + only_second + neither
+    if n == 0:
+        return number(None, 0, "no posts")
+    first, second = (both + only_first) / n, (both + only_second) / n
+    low, high = wilson(both + only_first, n)
+    other_low, other_high = wilson(both + only_second, n)
+    cross = both * neither - only_first * only_second
+    if cross > 0:
+        cross = max(cross - n / 2, 0)
+    margins = (both + only_first) * (only_second + neither)
+    margins *= (both + only_second) * (only_first + neither)
+    phi = cross / math.sqrt(margins) if margins else 0.0
+
+    def reach(one: float, other: float) -> float:
+        return math.sqrt(max(0.0, one * one - 2 * phi * one * other + other * other))
+
+    difference = (only_first - only_second) / n
+    return number(difference, n, "") | {
+        "low": max(-1.0, difference - reach(first - low, other_high - second)),
+        "high": min(1.0, difference + reach(high - first, second - other_low)),
+    }
+
+
+def mean_change(changes: list[float], empty: str) -> dict[str, Any]:
+    """The mean of paired changes of p with its 95 % t interval; without one where all agree."""
+    from scipy.special import stdtrit
+
+    n = len(changes)
+    if n == 0:
+        return number(None, 0, empty)
+    mean = math.fsum(changes) / n
+    figure = number(mean, n, "")
+    if max(changes) > min(changes):
+        variance = math.fsum((change - mean) ** 2 for change in changes) / (n - 1)
+        half = float(stdtrit(n - 1, 0.975)) * math.sqrt(variance / n)
+        figure |= {"low": max(-1.0, mean - half), "high": min(1.0, mean + half)}
+    return figure
+
+
+def evasion_figures(pairs: list[tuple[float, float]], threshold: float) -> dict[str, Any]:
+    """Recall before and after of positive posts, given as (p before, p after)."""
+    counts = Counter((before >= threshold, after >= threshold) for before, after in pairs)
+    both, lost, won = counts[True, True], counts[True, False], counts[False, True]
+    n = len(pairs)
+    return {
+        "n": n,
+        "recall_before": share(both + lost, n, "no posts that can be changed"),
+        "recall_after": share(both + won, n, "no posts that can be changed"),
+        "recall_lost": paired_difference(both, lost, won, n - both - lost - won),
+        "p": mcnemar(lost, won) if n else None,
+        "mean_change": mean_change([after - before for before, after in pairs], "no posts"),
+    }
+
+
+def build_evasion(
+    posts: list[dict[str, Any]],
+    members: dict[str, list[int]],
+    positive: str,
+    p: list[float],
+    perturbed: list[tuple[str, int, str]],
+    p_perturbed: list[float],
+    threshold: float,
+) -> dict[str, Any]:
+    """What each way of evading costs in recall, overall and per group.
+
+    `p` belongs to `posts`, `p_perturbed` to `perturbed` (see `build_perturbed`); a post counts as
+    found where p reaches the threshold. Recall before and after is that of the same posts: those
+    of the positive label that the kind can change; `n_unchanged` are the others. `p_holm` is
+    McNemar's exact p-value, corrected for the kinds, and in groups for kinds and groups.
+    """
+    n_positive = sum(post["label"] == positive for post in posts)
+    result: dict[str, Any] = {
+        "reason": None if n_positive else f"no {positive} posts",
+        "share": EVASION_SHARE,
+        "threshold": threshold,
+        "n_positive": n_positive,
+        "kinds": {},
+    }
+    if not n_positive:
+        return result
+    pairs: dict[str, dict[int, tuple[float, float]]] = {kind: {} for kind in EVASIONS}
+    for (kind, index, _), after in zip(perturbed, p_perturbed, strict=True):
+        pairs[kind][index] = (p[index], after)
+    in_groups = {}
+    for kind, found in pairs.items():
+        groups, left_out = {}, {}
+        for group, indices in members.items():
+            inside = [found[index] for index in indices if index in found]
+            if len(inside) < MIN_DENOMINATOR:
+                left_out[group] = len(inside)
+            else:
+                groups[group] = evasion_figures(inside, threshold)
+                in_groups[kind, group] = groups[group]
+        result["kinds"][kind] = evasion_figures([*found.values()], threshold) | {
+            "n_unchanged": n_positive - len(found),
+            "groups": groups,
+            "left_out": left_out,
+        }
+    for family in (result["kinds"], in_groups):
+        p_values = {name: one["p"] for name, one in family.items() if one["p"] is not None}
+        adjusted = holm(p_values)
+        for name, one in family.items():
+            one["p_holm"] = adjusted.get(name)
+    return result
+
+
+# The columns that make a post a functional test (Röttger et al. 2021, HateCheck).
+FUNCTIONAL_COLUMNS = ("functionality", "target_ident")
+
+
+def build_functional(
+    posts: list[dict[str, Any]],
+    positive: str,
+    negative: str,
+    predicted: list[str | None],
+    p: list[float] | None,
+) -> dict[str, Any]:
+    """Accuracy per functionality and target identity, positive and other cases apart.
+
+    Rows stand in the order of the suite (their first case_id), cells only where there is a case;
+    a case aimed at nobody stands under NO_TARGET. A case is right where positive is answered to a
+    positive one, or anything else to another; an answer without label is wrong.
+    """
+    result: dict[str, Any] = {"reason": None, "identities": [], "sides": [], "contrasts": None}
+    missing = [column for column in FUNCTIONAL_COLUMNS if not any(column in one for one in posts)]
+    if missing:
+        return result | {"reason": f"the posts have no column {', '.join(missing)}"}
+    cases = [index for index, post in enumerate(posts) if post.get("functionality")]
+    if not cases:
+        return result | {"reason": "no post names a functionality"}
+    right = [
+        answer is not None and (answer == positive) == (post["label"] == positive)
+        for post, answer in zip(posts, predicted, strict=True)
+    ]
+    identity = [post.get("target_ident") or NO_TARGET for post in posts]
+    known = {identity[index] for index in cases}
+    names = sorted(known - {NO_TARGET}) + [NO_TARGET] * (NO_TARGET in known)
+
+    def rate(indices: list[int]) -> dict[str, Any]:
+        return share(sum(right[index] for index in indices), len(indices), "no cases")
+
+    def by_identity(indices: list[int]) -> dict[str, Any]:
+        parts: dict[str, list[int]] = {name: [] for name in names}
+        for index in indices:
+            parts[identity[index]].append(index)
+        return {name: rate(part) for name, part in parts.items() if part}
+
+    for side, label, wanted in (("hateful", positive, True), ("non_hateful", negative, False)):
+        own = [index for index in cases if (posts[index]["label"] == positive) == wanted]
+        rows: dict[str, list[int]] = {}
+        for index in sorted(own, key=lambda index: case_order(posts[index])):
+            rows.setdefault(posts[index]["functionality"], []).append(index)
+        result["sides"].append(
+            {
+                "side": side,
+                "label": label,
+                "accuracy": rate(own),
+                "identities": by_identity(own),
+                "rows": [
+                    {"functionality": name, "accuracy": rate(part), "cells": by_identity(part)}
+                    for name, part in rows.items()
+                ],
+            }
+        )
+    return result | {
+        "identities": names,
+        "n": len(cases),
+        "n_left_out": len(posts) - len(cases),
+        "n_unparsed": sum(predicted[index] is None for index in cases),
+        "contrasts": build_contrasts(posts, positive, right, p),
+    }
+
+
+def case_order(post: dict[str, Any]) -> tuple[int, int, str]:
+    """Where a case stands in its suite: by number, else by functionality."""
+    case = str(post.get("case_id") or "")
+    number_ = int(case) if case.isdecimal() else None
+    return (number_ is None, number_ or 0, post["functionality"])
+
+
+def find_contrasts(
+    posts: list[dict[str, Any]], positive: str
+) -> tuple[list[tuple[int, int]], list[int]]:
+    """Pairs (positive, other) of cases that differ little, and the other cases without a twin.
+
+    A case names its twin in ref_case_id; where that is absent, the twin is the case of the
+    template ref_templ_id about the same identity. A link to a case of the same label is no
+    contrast.
+    """
+    by_case, by_template = {}, {}
+    for index, post in enumerate(posts):
+        side = post["label"] == positive
+        if post.get("case_id"):
+            by_case[post["case_id"]] = index
+        if post.get("templ_id"):
+            key = (post["templ_id"], post.get("target_ident") or "", side)
+            by_template.setdefault(key, index)
+    pairs: dict[tuple[int, int], None] = {}
+    alone = []
+    for index, post in enumerate(posts):
+        side = post["label"] == positive
+        twin = by_case.get(post.get("ref_case_id") or None)
+        template = post.get("ref_templ_id")
+        if twin is None and template:
+            twin = by_template.get((template, post.get("target_ident") or "", not side))
+        if twin is not None and (posts[twin]["label"] == positive) != side:
+            pairs[(index, twin) if side else (twin, index)] = None
+        elif not side and (post.get("ref_case_id") or template):
+            alone.append(index)
+    return [*pairs], alone
+
+
+def build_contrasts(
+    posts: list[dict[str, Any]], positive: str, right: list[bool], p: list[float] | None
+) -> dict[str, Any]:
+    """How often a case and its minimal opposite are both right, and told apart by p.
+
+    `told_apart` is the share of pairs whose positive case has the higher p, whatever the
+    threshold; equal ones are not told apart. Several cases may share one twin (`n_twins` are
+    different), so the pairs are a little less than independent and the intervals a little narrow.
+    """
+    pairs, alone = find_contrasts(posts, positive)
+    reason = None if pairs else "no case names a case of the other label that is here"
+
+    def figures(chosen: list[tuple[int, int]]) -> dict[str, Any]:
+        outcomes = Counter((right[hate], right[other]) for hate, other in chosen)
+        apart = share(0, 0, "answers without probability")
+        if p is not None:
+            apart = share(
+                sum(p[hate] > p[other] for hate, other in chosen), len(chosen), "no pairs"
+            )
+        return {
+            "n": len(chosen),
+            "both_right": share(outcomes[True, True], len(chosen), "no pairs"),
+            "told_apart": apart,
+            "n_both_flagged": outcomes[True, False],
+            "n_neither_flagged": outcomes[False, True],
+            "n_reversed": outcomes[False, False],
+            "n_equal": None if p is None else sum(p[hate] == p[other] for hate, other in chosen),
+        }
+
+    parts: dict[str, dict[str, list[tuple[int, int]]]] = {"identities": {}, "functionalities": {}}
+    for pair in sorted(pairs, key=lambda pair: case_order({"functionality": "", **posts[pair[1]]})):
+        other = posts[pair[1]]
+        for part, name in (
+            ("identities", other.get("target_ident") or NO_TARGET),
+            ("functionalities", other.get("functionality") or ""),
+        ):
+            parts[part].setdefault(name, []).append(pair)
+    return figures(pairs) | {
+        "reason": reason,
+        "n_twins": len({hate for hate, _ in pairs}),
+        "n_without_twin": len(alone),
+        **{
+            part: {name: figures(chosen) for name, chosen in names.items()}
+            for part, names in parts.items()
+        },
+    }
+
+
+FORMS = ("singular", "plural", "adjective")
+# Neutral terms by group; --identity_terms puts a file in their place. The n-th term of a form is
+# swapped for the n-th of the other group, counted round. A group of the contract is swapped where
+# it stands here; those marked as comparison always are, so that a group's change can be set
+# against that of people who are seldom attacked.
+IDENTITY_TERMS: dict[str, dict[str, Any]] = {
+    "lgbtq": {
+        "singular": ["gay person", "lesbian", "transgender person", "bisexual person"],
+        "plural": [
+            *("gay people", "lesbians", "transgender people", "bisexual people"),
+            *("trans people", "homosexuals", "gays", "gay men"),
+        ],
+        "adjective": ["gay", "lesbian", "transgender", "bisexual", "homosexual"],
+    },
+    "mexican": {
+        "singular": ["Mexican", "Latina", "Hispanic person", "Latino"],
+        "plural": [
+            *("Mexicans", "Latinas", "Hispanic people", "Latinos"),
+            *("Mexican people", "Hispanics", "Latino people", "Mexican men"),
+        ],
+        "adjective": ["Mexican", "Latina", "Hispanic", "Latino", "Chicano"],
+    },
+    "middle_east": {
+        "singular": ["Arab", "Iraqi", "Middle Eastern person", "Syrian"],
+        "plural": [
+            *("Arabs", "Iraqis", "Middle Eastern people", "Syrians"),
+            *("Arab people", "Iranians", "Lebanese people", "Arab men"),
+        ],
+        "adjective": ["Arab", "Iraqi", "Middle Eastern", "Syrian", "Lebanese"],
+    },
+    "women": {"singular": ["woman"], "plural": ["women"], "adjective": ["female"]},
+    "trans_people": {
+        "singular": ["trans person", "transgender person"],
+        "plural": ["trans people", "transgender people"],
+        "adjective": ["transgender"],
+    },
+    "gay_people": {"singular": ["gay person"], "plural": ["gay people"], "adjective": ["gay"]},
+    # "black" and "white" alone are colours more often than people.
+    "black_people": {
+        "singular": ["Black person", "African American"],
+        "plural": ["Black people", "African Americans"],
+        "adjective": ["African American"],
+    },
+    "disabled_people": {
+        "singular": ["disabled person", "person with a disability"],
+        "plural": ["disabled people", "people with disabilities"],
+        "adjective": ["disabled"],
+    },
+    "muslims": {"singular": ["Muslim"], "plural": ["Muslims"], "adjective": ["Muslim"]},
+    "immigrants": {
+        "singular": ["immigrant"],
+        "plural": ["immigrants"],
+        "adjective": ["immigrant"],
+    },
+    "canadian": {
+        "singular": ["Canadian"],
+        "plural": ["Canadians"],
+        "adjective": ["Canadian"],
+        "comparison": True,
+    },
+    "christian": {
+        "singular": ["Christian"],
+        "plural": ["Christians"],
+        "adjective": ["Christian"],
+        "comparison": True,
+    },
+    "heterosexual": {
+        "singular": ["heterosexual person"],
+        "plural": ["heterosexual people"],
+        "adjective": ["heterosexual"],
+        "comparison": True,
+    },
+}
+SWAP_TEMPLATES = {
+    True: (
+        "I do not want any {plural} in my town.",
+        "{plural} should not be allowed to vote.",
+        "Nobody should hire a {singular}.",
+        "{plural} are worth less than the rest of us.",
+        "Keep {adjective} children out of our schools.",
+        "I would never trust a {singular}, they all lie.",
+        "We should send all {plural} away.",
+        "A {singular} does not deserve the same rights as I do.",
+        "This street was fine before the {plural} came.",
+        "I refuse to sit next to a {singular} on the bus.",
+        "No {adjective} doctor should be allowed to treat our children.",
+        "{plural} ruin every place they come to.",
+    ),
+    False: (
+        "My {adjective} neighbour brought soup when I was ill.",
+        "{plural} from our street organised the food drive.",
+        "A {singular} is on the school board this year.",
+        "The choir has two {plural} and they sing well.",
+        "I had lunch with a {singular} and we talked about football.",
+        "The museum shows photographs by {adjective} artists.",
+        "Many {plural} work at this hospital.",
+        "Our new teacher is a {singular}.",
+        "It is wrong to say that {plural} are not welcome here.",
+        "The film follows a {adjective} doctor through one year.",
+        "I asked a {adjective} colleague about the train times.",
+        "Nobody may refuse a flat to a {singular}.",
+    ),
+}
+SWAP_ASSUMPTION = (
+    "A swap assumes that the label stays the same with another group in its place. That holds for "
+    "these templates; in posts it can fail, where a post speaks of something true of one group "
+    "only. The intervals are of one pair of groups each, not of all of them together."
+)
+# After these a word that can be noun or adjective is a noun ("the Mexican"), ...
+DETERMINERS = "a|an|the|this|that|one|every|each|no|any|another|some|my|your|our|his|her|their"
+# ... unless a word follows that is none of these ("the Mexican family").
+FUNCTION_WORDS = (
+    "is|was|are|were|be|been|has|had|have|will|would|can|could|should|must|may|might|do|does|did|"
+    "who|that|which|and|or|but|in|on|at|from|to|of|for|with|by|as|than|not|never|if|so|because|"
+    "when|while|where|said|says|i|you|he|she|it|we|they|the|a|an|my|your|our"
+)
+
+
+def term_pattern(forms: dict[str, Any]) -> re.Pattern[str]:
+    """Finds a group's terms as whole words in any case, with an a or an before them.
+
+    Hyphenated words (Mexican-American) are other words; what PROTECTED finds is passed over, then
+    the match has no `term`.
+    """
+    terms = sorted({term for form in FORMS for term in forms[form]}, key=lambda term: -len(term))
+    listed = "|".join(r"\s+".join(map(re.escape, term.split())) for term in terms)
+    return re.compile(
+        rf"{PROTECTED}|(?<![\w@#])(?<!\w-)(?:(?P<article>an?)(?P<gap>\s+))?"
+        rf"(?<!\w)(?P<term>{listed})(?!\w|-\w)",
+        re.IGNORECASE,
+    )
+
+
+def has_term(text: str, pattern: re.Pattern[str]) -> bool:
+    return any(match["term"] for match in pattern.finditer(text))
+
+
+def article_of(word: str) -> str:
+    """a or an, by the first letters."""
+    return "an" if re.match("(?!eu|uni|ukr)[aeiou]", word, re.IGNORECASE) else "a"
+
+
+def choose_form(found: dict[str, int], before: str, after: str) -> str:
+    """Which of its forms a term has between two texts: one word can be noun and adjective.
+
+    An adjective has a word after it that is no function word, or no determiner before it.
+    """
+    if len(found) == 1:
+        return next(iter(found))
+    determined = re.search(rf"(?<!\w)(?:{DETERMINERS})\s+$", before, re.IGNORECASE)
+    described = re.match(rf"\s+(?!(?:{FUNCTION_WORDS})\b)[^\W\d_]", after, re.IGNORECASE)
+    order = ("adjective", "plural", "singular")
+    if determined and not described:
+        order = ("singular", "plural", "adjective")
+    return next(form for form in order if form in found)
+
+
+def in_case_of(found: str, term: str, other: str, before: str, text: str) -> str:
+    """`other` in the case in which `found` writes `term`: capitals, sentence start, lower case."""
+    if found.isupper() and len(found) > 1:
+        return other.upper()
+    if text == text.lower() or (term[0].isupper() and found[0].islower()):
+        return other.lower()
+    start = before.rstrip(" \t\"'(\u201c\u2018")
+    starts = not start or start[-1] in ".!?\n"
+    if found[0].isupper() and (starts or not term[0].isupper()):
+        return other[0].upper() + other[1:]
+    return other
+
+
+def swap_identity(
+    text: str, source: str, target: str, terms: dict[str, dict[str, Any]] | None = None
+) -> str | None:
+    """The text with all terms of one group in another group's terms of the same form.
+
+    None where it has no such term, and where it already speaks of the other group: then the swap
+    would say something else. Case is kept, and a or an follows the term. Swapping back gives the
+    text where the terms are one to one.
+    """
+    table = IDENTITY_TERMS if terms is None else terms
+    if has_term(text, term_pattern(table[target])):
+        return None
+    places: dict[str, dict[str, int]] = {}
+    for form in FORMS:
+        for index, term in enumerate(table[source][form]):
+            places.setdefault(" ".join(term.lower().split()), {})[form] = index
+
+    def replace(match: re.Match[str]) -> str:
+        # Without case i also matches signs that have another lower case, such as the dotless i.
+        found = places.get(" ".join((match["term"] or "").lower().split()))
+        if not found:
+            return match[0]
+        start, end = match.span("term")
+        form = choose_form(found, text[:start], text[end:])
+        term = table[source][form][found[form]]
+        other = table[target][form][found[form] % len(table[target][form])]
+        written = in_case_of(match["term"], term, other, text[:start], text)
+        article = match["article"] or ""
+        if article and article.lower() == article_of(term):
+            new = article_of(other)
+            capital = new.upper() if match["term"].isupper() else new.capitalize()
+            article = capital if article[0].isupper() else new
+        return f"{article}{match['gap'] or ''}{written}"
+
+    swapped = term_pattern(table[source]).sub(replace, text)
+    return None if swapped == text else swapped
+
+
+def fill_template(template: str, word: str) -> str:
+    """A template about one term, with the article that the term asks for."""
+    text = re.sub(r"\ba \{\w+\}", f"{article_of(word)} {word}", template, flags=re.IGNORECASE)
+    text = re.sub(r"\{\w+\}", word, text)
+    return text[0].upper() + text[1:]
+
+
+def read_identity_terms(path: str) -> dict[str, dict[str, Any]]:
+    """Read a JSON file of the form of IDENTITY_TERMS: {group: {"singular": [...], ...}}."""
+    file = Path(path).expanduser()
+    form = '{group: {"singular": [...], "plural": [...], "adjective": [...]}}'
+    if not file.is_file():
+        fail(f"--identity_terms {path} is not a file. Give a JSON file {form}.")
+    try:
+        table = json.loads(file.read_text(encoding="utf-8-sig"))
+    except ValueError as error:
+        fail(f"--identity_terms {path} is not JSON: {error}. It is to be {form}.")
+    if not isinstance(table, dict) or len(table) < 2:
+        fail(f"--identity_terms {path} is to hold two groups or more: {form}.")
+    for group, forms in table.items():
+        place = f"--identity_terms {path}, group {group!r}"
+        if not isinstance(forms, dict):
+            fail(f"{place}: it is to be an object with the lists {', '.join(FORMS)}.")
+        unknown = sorted(forms.keys() - {*FORMS, "comparison"})
+        if unknown:
+            fail(f"{place}: unknown key {unknown[0]!r}. There are: {', '.join(FORMS)}, comparison.")
+        if not isinstance(forms.get("comparison", False), bool):
+            fail(f"{place}: comparison is to be true or false.")
+        for name in FORMS:
+            words = forms.get(name)
+            if not isinstance(words, list) or not words:
+                fail(f"{place}: {name} is to be a list of one term or more.")
+            for word in words:
+                if not isinstance(word, str) or not re.fullmatch(r"\w(.*\w)?", word.strip()):
+                    fail(f"{place}: {word!r} of {name} is no term. Begin and end it in a letter.")
+            forms[name] = [" ".join(word.split()) for word in words]
+            if len({word.lower() for word in words}) < len(words):
+                fail(f"{place}: a term stands twice in {name}.")
+    return table
+
+
+@dataclass(frozen=True)
+class Swap:
+    """One text with a group's terms, and with another's; `post` is None for a template."""
+
+    source: str
+    target: str
+    positive: bool
+    original: str
+    swapped: str
+    post: int | None = None
+
+
+def build_swaps(
+    posts: list[dict[str, Any]],
+    positive: str,
+    groups: list[str],
+    terms: dict[str, dict[str, Any]],
+    most: int,
+    seed: int,
+) -> tuple[list[Swap], list[dict[str, str]]]:
+    """Swaps for every ordered pair of groups, and what is left out with the reason.
+
+    Of each pair and label these are all templates, one term in each, and up to `most` posts,
+    drawn with the seed; a source's posts are the same for all targets where they can be swapped.
+    """
+    names = [group for group in groups if group in terms]
+    names += [group for group in terms if group not in groups and terms[group].get("comparison")]
+    left_out = [
+        {"group": group, "reason": "the table has no terms for it"}
+        for group in groups
+        if group not in terms and group != NO_TARGET
+    ]
+    words = {name: {term.lower() for form in FORMS for term in terms[name][form]} for name in names}
+    swaps: list[Swap] = []
+    for source in names:
+        pattern = term_pattern(terms[source])
+        candidates = [index for index, post in enumerate(posts) if has_term(post["text"], pattern)]
+        random.Random(f"{seed} {source}").shuffle(candidates)
+        for target in names:
+            if target == source:
+                continue
+            if words[source] & words[target]:
+                if names.index(source) < names.index(target):
+                    reason = f"it shares terms with {target} and is not swapped for it"
+                    left_out.append({"group": source, "reason": reason})
+                continue
+            for side, templates in SWAP_TEMPLATES.items():
+                for index, template in enumerate(templates):
+                    form = re.search(r"\{(\w+)\}", template)[1]
+                    place = index % len(terms[source][form])
+                    other = terms[target][form][place % len(terms[target][form])]
+                    texts = (terms[source][form][place], other)
+                    filled = [fill_template(template, word) for word in texts]
+                    swaps.append(Swap(source, target, side, *filled))
+            taken: Counter[bool] = Counter()
+            for index in candidates:
+                side = posts[index]["label"] == positive
+                if taken[side] < most:
+                    text = posts[index]["text"]
+                    swapped = swap_identity(text, source, target, terms)
+                    if swapped is not None:
+                        swaps.append(Swap(source, target, side, text, swapped, index))
+                        taken[side] += 1
+    return swaps, left_out
+
+
+def swap_figures(rows: list[tuple[float, float]], threshold: float) -> dict[str, Any]:
+    """Flips of the decision and change of p over pairs (p of the original, p of the swap)."""
+    up = sum(before < threshold <= after for before, after in rows)
+    down = sum(after < threshold <= before for before, after in rows)
+    changes = [after - before for before, after in rows]
+    size = math.fsum(map(abs, changes)) / len(rows) if rows else None
+    return {
+        "n": len(rows),
+        "insufficient": len(rows) < MIN_DENOMINATOR,
+        "flip_rate": share(up + down, len(rows), "no texts"),
+        "n_to_positive": up,
+        "n_to_negative": down,
+        "mean_change": mean_change(changes, "no texts"),
+        "mean_absolute_change": number(size, len(rows), "no texts"),
+    }
+
+
+def build_swap_report(
+    swaps: list[Swap],
+    left_out: list[dict[str, str]],
+    positive: str,
+    negative: str,
+    p_original: list[float],
+    p_swapped: list[float],
+    threshold: float,
+) -> dict[str, Any]:
+    """Flip rate and mean change of p for every ordered pair of groups, and for parts of it.
+
+    The change is p with the target's terms less p with the source's. `parts` holds the figures by
+    kind (all, post, template) and label. Every text stands in a pair once.
+    """
+    cells: dict[tuple[str, str], dict[tuple[str, str], list[tuple[float, float]]]] = {}
+    for swap, *scores in zip(swaps, p_original, p_swapped, strict=True):
+        parts = cells.setdefault((swap.source, swap.target), {})
+        for kind in ("all", "template" if swap.post is None else "post"):
+            for label in ("all", positive if swap.positive else negative):
+                parts.setdefault((kind, label), []).append(tuple(scores))
+    pairs = []
+    for (source, target), parts in cells.items():
+        figures = {
+            kind: {
+                label: swap_figures(parts.get((kind, label), []), threshold)
+                for label in ("all", positive, negative)
+            }
+            for kind in ("all", "post", "template")
+        }
+        pairs.append(
+            {"source": source, "target": target, **figures["all"]["all"], "parts": figures}
+        )
+    return {
+        "reason": None if pairs else "fewer than two groups have terms in the table",
+        "assumption": SWAP_ASSUMPTION,
+        "threshold": threshold,
+        "groups": [*dict.fromkeys(name for pair in cells for name in pair)],
+        "left_out": left_out,
+        "pairs": pairs,
+    }
+
+
+# The report's page puts its own colours, light and dark, in the place of these.
+PLOT_INK, PLOT_SOFT, PLOT_LINE = "#1c2127", "#57606a", "#d5dae0"
+PLOT_MODEL, PLOT_OTHER = "#0a5bb0", "#8a5a00"
+# Strengths of a cell's colour; under the strongest, text keeps a contrast of 4.5 and more.
+PLOT_STEPS = (0.0, 0.1, 0.2, 0.3, 0.4)
+
+
+def plot_cells(axis: Any, cells: dict[tuple[int, int], tuple[float, str]]) -> None:
+    """Fill the squares (row, column) with (strength 0 to 1, colour), in steps; others stay blank.
+
+    All squares of one step are one path, which keeps the SVG small.
+    """
+    from matplotlib.colors import to_rgba
+    from matplotlib.patches import PathPatch
+    from matplotlib.path import Path as Outline
+
+    steps: dict[tuple[str, float], list[tuple[int, int]]] = {}
+    for place, (strength, colour) in cells.items():
+        step = min(int(strength * len(PLOT_STEPS)), len(PLOT_STEPS) - 1)
+        steps.setdefault((colour, PLOT_STEPS[step]), []).append(place)
+    for (colour, alpha), places in steps.items():
+        points = [
+            (column + x * 0.47, row + y * 0.47)
+            for row, column in places
+            for x, y in ((-1, -1), (1, -1), (1, 1), (-1, 1), (-1, -1))
+        ]
+        codes = [Outline.MOVETO, *[Outline.LINETO] * 3, Outline.CLOSEPOLY] * len(places)
+        fill = to_rgba(colour, alpha)
+        outline = Outline(points, codes)
+        axis.add_patch(PathPatch(outline, facecolor=fill, edgecolor=PLOT_LINE, linewidth=0.6))
+
+
+def plot_grid(axis: Any, rows: list[str], columns: list[str], title: str) -> None:
+    """An empty table with named rows and columns, the first row on top."""
+    axis.set_facecolor("none")
+    axis.set_xlim(-0.5, len(columns) - 0.5)
+    axis.set_ylim(len(rows) - 0.5, -0.5)
+    axis.xaxis.tick_top()
+    axis.set_xticks(range(len(columns)), columns, rotation=30, ha="left", color=PLOT_INK)
+    axis.set_yticks(range(len(rows)), rows, color=PLOT_INK)
+    axis.tick_params(length=0, labelsize=8.5)
+    axis.set_title(title, loc="left", color=PLOT_INK, fontsize=10)
+    axis.spines[:].set_visible(False)
+
+
+def plot_functional(axes: Any, functional: dict[str, Any]) -> None:
+    """Two heat maps on two axes: accuracy in % of positive and of other cases, n beside it.
+
+    The stronger the colour, the more cases are right; a square without a case is blank.
+    """
+    columns = ["all", *functional["identities"]]
+    for axis, side in zip(axes, functional["sides"], strict=True):
+        rows = [row["functionality"] for row in side["rows"]]
+        plot_grid(axis, rows, columns, f"{side['label']} cases: accuracy in %, (n)")
+        cells = {}
+        for place, row in enumerate(side["rows"]):
+            for column, name in enumerate(columns):
+                cell = row["accuracy"] if name == "all" else row["cells"].get(name)
+                if cell is None or cell["value"] is None:
+                    continue
+                cells[place, column] = (cell["value"], PLOT_MODEL)
+                axis.text(
+                    column - 0.03,
+                    place,
+                    f"{100 * cell['value']:.0f}",
+                    ha="right",
+                    va="center",
+                    color=PLOT_INK,
+                    fontsize=8.5,
+                )
+                axis.text(
+                    column + 0.03,
+                    place,
+                    f"({cell['n']})",
+                    ha="left",
+                    va="center",
+                    color=PLOT_INK,
+                    fontsize=6.5,
+                )
+        plot_cells(axis, cells)
+
+
+def plot_swaps(axis: Any, report: dict[str, Any]) -> None:
+    """Mean change of p for every swap of a row's group for a column's, with the flip rate below.
+
+    Blue is a higher p after the swap, brown a lower one; full strength is a change of 0.25.
+    """
+    names = report["groups"]
+    plot_grid(axis, names, names, "mean change of p, and share of decisions that flip")
+    axis.set_ylabel("a text about this group \u2026", color=PLOT_SOFT, fontsize=8.5)
+    axis.set_xlabel("\u2026 names that group instead", color=PLOT_SOFT, fontsize=8.5)
+    axis.xaxis.set_label_position("top")
+    cells = {}
+    for pair in report["pairs"]:
+        row, column = names.index(pair["source"]), names.index(pair["target"])
+        change, flips = pair["mean_change"]["value"], pair["flip_rate"]["value"]
+        if change is None:
+            continue
+        colour = PLOT_MODEL if change >= 0 else PLOT_OTHER
+        cells[row, column] = (min(1.0, abs(change) / 0.25), colour)
+        for height, words, size in ((-0.15, f"{change:+.3f}", 8.5), (0.2, f"{flips:.0%} flip", 7)):
+            axis.text(
+                column, row + height, words, ha="center", va="center", color=PLOT_INK, fontsize=size
+            )
+    plot_cells(axis, cells)
+
+
+# --- probes ----------------------------------------------------------------------------------
+
+# Of each pair of groups and label so many posts are swapped.
+MOST_SWAPS = 200
+
+
+@dataclass
+class Probes:
+    """Texts that are scored beside the posts, to see how the model behaves.
+
+    `texts` are all of them as posts, each once; `perturbed` are (kind, index of the post, text),
+    `swaps` pairs of texts, `left_out` groups without terms. `scores` are p of the positive label
+    of `texts`.
+    """
+
+    perturbed: list[tuple[str, int, str]]
+    swaps: list[Swap]
+    left_out: list[dict[str, str]]
+    texts: dict[tuple[str, int | None], dict[str, Any]]
+    scores: list[float]
+
+    @property
+    def by_text(self) -> dict[tuple[str, int | None], float]:
+        return dict(zip(self.texts, self.scores, strict=True))
+
+
+def build_probes(args: argparse.Namespace, task: Task, posts: list[dict[str, Any]]) -> Probes:
+    """The texts that --evasion and --identity_swap ask for; none without them."""
+    probes = Probes([], [], [], {}, [])
+    if args.evasion:
+        probes.perturbed = build_perturbed(posts, task.positive, args.seed)
+    if args.identity_swap:
+        terms = read_identity_terms(args.identity_terms) if args.identity_terms else IDENTITY_TERMS
+        probes.swaps, probes.left_out = build_swaps(
+            posts, task.positive, task.groups, terms, MOST_SWAPS, args.seed
+        )
+    wanted = [(text, index) for _, index, text in probes.perturbed]
+    for swap in probes.swaps:
+        wanted += [(swap.original, swap.post), (swap.swapped, swap.post)]
+    for text, index in wanted:
+        post = posts[index] if index is not None else {"text": "", "target_groups": []}
+        probes.texts[text, index] = post_with_text(post, text)
+    return probes
+
+
+def post_with_text(post: dict[str, Any], text: str) -> dict[str, Any]:
+    """A post with another text, in the prompt that its dataset brings too."""
+    messages = post.get("prompt")
+    if messages:
+        messages = [
+            {**message, "content": message["content"].replace(post["text"], text)}
+            for message in messages
+        ]
+    return {**post, "text": text, "prompt": messages}
+
+
+def score_probes(
+    args: argparse.Namespace,
+    task: Task,
+    scorer: Scorer,
+    encoded: list[list[int]],
+    journals: list[Journal],
+    world: World,
+) -> list[float]:
+    """p of the positive label of each probe."""
+    if not encoded:
+        return []
+    positive = task.labels.index(task.positive)
+    scores, _, _ = score_posts(
+        scorer,
+        encoded,
+        lambda row: decision_margin(row, positive, args.threshold),
+        scorer.setup.rounded,
+        f"probes {hash_of(encoded)[:8]}",
+        journals[0] if journals else None,
+        world,
+    )
+    return [softmax(row)[positive] for row in scores]
+
+
+def report_probes(
+    args: argparse.Namespace,
+    task: Task,
+    posts: list[dict[str, Any]],
+    members: dict[str, list[int]],
+    probes: Probes | None,
+) -> dict[str, Any]:
+    """What the probes show, and the suite of functional tests where the posts are one."""
+    cases = [post["columns"] | {"label": post["label"]} for post in posts]
+    scores = None
+    if all(post["probabilities"] for post in posts):
+        scores = [post["probabilities"][task.positive] for post in posts]
+    predicted = [post["prediction"] for post in posts]
+    functional = build_functional(cases, task.positive, task.negative, predicted, scores)
+    found: dict[str, Any] = {"evasion": None, "identity_swap": None}
+    found["functional"] = None if functional["reason"] else functional
+    if probes is None:
+        return found
+    known = probes.by_text
+    if args.evasion:
+        perturbed = [known[text, index] for _, index, text in probes.perturbed]
+        found["evasion"] = build_evasion(
+            posts, members, task.positive, scores, probes.perturbed, perturbed, args.threshold
+        )
+    if args.identity_swap:
+        before = [known[swap.original, swap.post] for swap in probes.swaps]
+        after = [known[swap.swapped, swap.post] for swap in probes.swaps]
+        found["identity_swap"] = build_swap_report(
+            *(probes.swaps, probes.left_out, task.positive, task.negative),
+            *(before, after, args.threshold),
+        )
+    return found
+
+
+# --- slices ----------------------------------------------------------------------------------
+
+# Characters, from and below.
+LENGTHS = {"under 50": (0, 50), "50 to 150": (50, 151), "over 150": (151, math.inf)}
+# With more values than this a column tells posts apart rather than kinds of posts.
+MOST_SLICES = 30
+
+
+def describe_posts(posts: list[dict[str, Any]], columns: list[dict[str, Any]]) -> None:
+    """Give each post its `columns`: those of the dataset, its length and its annotators' agreement.
+
+    `columns` are the dataset's rows or empty mappings, one per post.
+    """
+    for post, row in zip(posts, columns, strict=True):
+        length = ""
+        if post["text"] is not None:
+            size = len(post["text"])
+            length = next(name for name, (low, high) in LENGTHS.items() if low <= size < high)
+        votes = row.get("annotator_labels") or []
+        agreement = ""
+        if len(votes) > 1:
+            most = Counter(votes).most_common(1)[0][1]
+            agreement = "unanimous" if most == len(votes) else f"{most} of {len(votes)}"
+        post["columns"] = {
+            name: value for name, value in row.items() if isinstance(value, (str, int, bool))
+        }
+        post["columns"] |= {"length": length, "agreement": agreement}
+        post["votes"] = votes
+
+
+def build_slices(
+    sample: Sample, posts: list[dict[str, Any]], names: list[str]
+) -> dict[str, dict[str, Any]]:
+    """The model's figures by each column's values, and by the groups that posts have together.
+
+    A value with no post of its own, an empty one and a column of one value give no slice.
+    """
+    import numpy as np
+
+    model = next(iter(sample.predicted))
+    slices = {}
+    for name in names:
+        values = [str(post["columns"].get(name, "")) for post in posts]
+        counts = Counter(value for value in values if value)
+        if len(counts) < 2 and len(counts) == len({*values}):
+            continue
+        kept = [value for value, _ in counts.most_common(MOST_SLICES)]
+        slices[name] = {
+            value: build_figures(sample, model, np.array([one == value for one in values]))
+            for value in sorted(kept)
+        }
+    together = {}
+    for first, second in itertools.combinations(sample.groups, 2):
+        both = sample.members[first] & sample.members[second]
+        if both.sum() >= MIN_DENOMINATOR:
+            together[f"{first} and {second}"] = build_figures(sample, model, both)
+    if together:
+        slices["groups together"] = together
+    return slices
+
+
+def build_prevalence(
+    sample: Sample, strategy: str, prevalences: list[float], per: int = 10_000
+) -> list[dict[str, Any]]:
+    """What the model's error rates mean where a share of `prevalence` of the posts is positive.
+
+    For all posts and each group: the precision, and per 10,000 posts the flags and the wrong
+    ones. The intervals take the worse and the better ends of both rates' 95 % intervals together
+    and so hold at least that often. Rates of too few posts give nulls.
+    """
+    import numpy as np
+
+    name = sample.labels[sample.positive]
+    places = {"overall": np.ones(len(sample.truth), dtype=bool), **sample.members}
+    found = []
+    for prevalence in prevalences:
+        entry: dict[str, Any] = {"prevalence": prevalence, "places": {}}
+        for place, posts in places.items():
+            if place == NO_TARGET:
+                continue
+            figures = build_figures(sample, strategy, posts)
+            hit, false = figures["recall"], figures["false_positive_rate"]
+            n = min(hit["n"], false["n"])
+            if n < MIN_DENOMINATOR:
+                reason = f"fewer than {MIN_DENOMINATOR} {name} or other posts"
+                cells = ("precision", "flags", "wrong_flags")
+                entry["places"][place] = {key: number(None, n, reason) for key in cells}
+                continue
+            ends = {
+                "value": (hit["value"], false["value"]),
+                "low": (hit["low"], false["high"]),
+                "high": (hit["high"], false["low"]),
+            }
+            precision, flags, wrong = (number(None, n, "nothing is flagged") for _ in range(3))
+            for end, (recall, rate) in ends.items():
+                right_flags, wrong_flags = prevalence * recall, (1 - prevalence) * rate
+                if right_flags + wrong_flags > 0:
+                    precision[end] = right_flags / (right_flags + wrong_flags)
+                    precision["reason"] = None
+            for end in ends:
+                wrong[end] = per * (1 - prevalence) * false[end]
+                flags[end] = per * prevalence * hit[end] + wrong[end]
+            wrong["reason"] = flags["reason"] = None
+            if precision["value"] is None:
+                precision["low"] = precision["high"] = None
+                precision["reason"] = "nothing is flagged"
+            entry["places"][place] = {"precision": precision, "flags": flags, "wrong_flags": wrong}
+        found.append(entry)
+    return found
+
+
+def build_offensive_rules(
+    sample: Sample, posts: list[dict[str, Any]]
+) -> dict[str, dict[str, Any]] | None:
+    """The model's figures with offensive posts as negative, as positive, and left out.
+
+    From one set of predictions; None where no post has the class `offensive`, or with more labels
+    than two.
+    """
+    import numpy as np
+
+    classes = np.array([str(post["columns"].get("label_multiclass", "")) for post in posts])
+    offensive = classes == "offensive"
+    if not offensive.any() or len(sample.labels) != 2:
+        return None
+    model = next(iter(sample.predicted))
+    places = {"overall": np.ones(len(posts), dtype=bool), **sample.members}
+    positive, negative = sample.positive, 1 - sample.positive
+    rules = {}
+    for rule, label in ((sample.labels[negative], negative), (sample.labels[positive], positive)):
+        one = replace(sample, truth=np.where(offensive, label, sample.truth))
+        rules[rule] = {place: build_figures(one, model, some) for place, some in places.items()}
+    rules["dropped"] = {
+        place: build_figures(sample, model, some & ~offensive) for place, some in places.items()
+    }
+    return {
+        rule: {
+            place: {
+                key: figures[key]
+                for key in (
+                    *("n", "accuracy", "false_positive_rate", "false_negative_rate"),
+                    f"f1_{sample.labels[positive]}",
+                )
+            }
+            for place, figures in places_.items()
+        }
+        for rule, places_ in rules.items()
+    }
+
+
+def build_people(sample: Sample, posts: list[dict[str, Any]], seed: int) -> dict[str, Any]:
+    """How far one annotator agrees with the others, and the model with the same others.
+
+    Leave one out: each vote is judged by the majority of the post's other votes, ties left out.
+    A class is read as the label that the posts of that class have. The intervals resample posts,
+    because the votes on one post belong together.
+    """
+    import numpy as np
+
+    labels_of: dict[str, set[str]] = {}
+    for post, number_ in zip(posts, sample.truth, strict=True):
+        if kind := str(post["columns"].get("label_multiclass", "")):
+            labels_of.setdefault(kind, set()).add(sample.labels[number_])
+    voted = {vote for post in posts for vote in post["votes"]}
+    unclear = sorted(voted - {kind for kind, labels in labels_of.items() if len(labels) == 1})
+    if not voted:
+        return {"reason": "no annotator's votes"}
+    if unclear:
+        return {"reason": f"the label of {', '.join(map(visible, unclear[:3]))} is not known"}
+    positive = sample.labels[sample.positive]
+    says = {kind: positive in labels for kind, labels in labels_of.items()}
+    model = sample.decided(next(iter(sample.predicted))) == sample.positive
+    rows, used = [], []
+    for index, post in enumerate(posts):
+        votes = [says[vote] for vote in post["votes"]]
+        row = [[[0, 0], [0, 0]], [[0, 0], [0, 0]]]  # who, the others, the answer
+        for place, vote in enumerate(votes):
+            others = votes[:place] + votes[place + 1 :]
+            if 2 * sum(others) != len(others):
+                reference = 2 * sum(others) > len(others)
+                row[0][reference][vote] += 1
+                row[1][reference][model[index]] += 1
+        if len(votes) > 1:
+            rows.append(np.ravel(row))
+            used.append(index)
+    if not rows or not np.sum(rows):
+        return {"reason": "no post has votes that others can judge"}
+    cells = build_cells(np.array(rows))
+    kinds = np.array(rows)[cells.first]
+    keys = ("accuracy", "f1", "false_positive_rate", "false_negative_rate")
+
+    def statistic(counts: Any) -> dict[Any, Any]:
+        tables = (counts @ kinds).reshape(len(counts), 2, 2, 2)
+        figures = count_figures(tables, 1)
+        found = {}
+        for key in keys:
+            if len(counts) > 1 or np.isfinite(figures[key]).all():
+                found["annotator", key], found["model", key] = figures[key].T
+                found["away", key] = figures[key][:, 1] - figures[key][:, 0]
+        return found
+
+    found = intervals(statistic, cells.counts, seed)
+    votes = int(np.sum(rows) // 2)
+    entry: dict[str, Any] = {"reason": None, "posts": len(rows), "votes": votes}
+    for who in ("annotator", "model", "away"):
+        entry[who] = {
+            key: number(None, votes, "no such votes") | {"reason": None} | found[who, key]
+            if (who, key) in found
+            else number(None, votes, "no such votes")
+            for key in keys
+        }
+    return entry
+
+
+def build_sweep(sample: Sample, strategy: str) -> dict[str, list[float | None]]:
+    """Error rates, F1 and the largest gaps at thresholds from 0 to 1, for the threshold plot."""
+    import numpy as np
+
+    thresholds = np.linspace(0, 1, 101)
+    scores, positive = sample.scores[strategy], sample.positives
+
+    def at_least(posts: Any) -> Any:
+        """How many of the posts each threshold flags."""
+        return posts.sum() - np.searchsorted(np.sort(scores[posts]), thresholds, side="left")
+
+    with np.errstate(divide="ignore", invalid="ignore"):
+        rates = {}
+        for group, inside in {"overall": positive | True, **sample.members}.items():
+            yes, no = inside & positive, inside & ~positive
+            rates[group] = (at_least(no) / no.sum(), 1 - at_least(yes) / yes.sum())
+        hits, false = at_least(positive), at_least(~positive)
+        sweep = {
+            "threshold": thresholds,
+            "false_positive_rate": rates["overall"][0],
+            "false_negative_rate": rates["overall"][1],
+            "f1": 2 * hits / (hits + false + positive.sum()),
+        }
+        for place, (key, posts) in enumerate(
+            (("gap_false_positive_rate", ~positive), ("gap_false_negative_rate", positive))
+        ):
+            enough = [
+                group
+                for group in sample.groups
+                if (sample.members[group] & posts).sum() >= MIN_DENOMINATOR
+            ]
+            if len(enough) > 1:
+                each = np.stack([rates[group][place] for group in enough])
+                sweep[key] = each.max(0) - each.min(0)
+    return {
+        key: [None if math.isnan(value) else float(value) for value in values]
+        for key, values in sweep.items()
+    }
+
+
+# --- decisions ------------------------------------------------------------------------------
+
+
+def read_profile(repo: Repo, name: str) -> dict[str, Any]:
+    """A named profile of the adapter's decisions.json; ends where it is of other weights.
+
+    `temperature` is for `apply_temperature`; `threshold`, `review` and `act` are on the scale
+    that it gives. A post is positive from `threshold` on. Below `review` it is allowed, from
+    there on a person decides, from `act` on (None: never) the detector does.
+    """
+    profiles = read_decisions(repo)["profiles"]
+    if name not in profiles:
+        fail(
+            f"{repo.name} has no profile {visible(repr(name))}. There are: "
+            f"{', '.join(map(visible, profiles)) or 'none'}. eval/calibrate.py makes one."
+        )
+    profile = profiles[name]
+    if profile["weights"]["sha256"] != weights_sha256(repo):
+        fail(
+            f"the profile {name!r} of {repo.name} was fitted to other weights than are there now. "
+            "Evaluate the adapter again and run eval/calibrate.py."
+        )
+    return profile
+
+
+def apply_temperature(p: Any, temperature: float) -> Any:
+    """sigmoid(logit(p) / temperature), of a number or an array (Guo et al. 2017).
+
+    0 and 1 are moved by one rounding error, because their logits are infinite.
+    """
+    import numpy as np
+    from scipy.special import expit, logit
+
+    if temperature == 1:
+        return p
+    edge = np.finfo(np.float64).eps
+    return expit(logit(np.clip(p, edge, 1 - edge)) / temperature)
+
+
+def read_decisions(repo: Repo) -> dict[str, Any]:
+    """decisions.json of an adapter; without profiles where there is none yet."""
+    file = repo.fetch(DECISIONS) / DECISIONS
+    if not file.is_file():
+        return {"schema": SCHEMA, "script": "eval/calibrate.py", "profiles": {}}
+    try:
+        decisions = json.loads(file.read_text(encoding="utf-8"))
+        schema, profiles = decisions["schema"], decisions["profiles"]
+        whole = all(
+            {"temperature", "threshold", "review", "act", "weights"} <= profile.keys()
+            for profile in profiles.values()
+        )
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        fail(f"{DECISIONS} of {repo.name} is damaged ({error}). Restore it, or remove the file.")
+    if schema != SCHEMA or not whole:
+        fail(f"{DECISIONS} of {repo.name} is of schema {schema} or not whole; this reads {SCHEMA}.")
+    return decisions
+
+
+def weights_sha256(repo: Repo) -> str:
+    """The hash of an adapter's weights; the Hub says it without a download."""
+    if repo.folder is None:
+        from huggingface_hub import HfApi
+
+        with hub_errors(f"look at the weights of {repo.name}"):
+            found = HfApi().get_paths_info(repo.name, ADAPTER_WEIGHTS, revision=repo.revision)
+        if found and found[0].lfs:
+            return found[0].lfs.sha256
+    file = repo.fetch(ADAPTER_WEIGHTS) / ADAPTER_WEIGHTS
+    if not file.is_file():
+        fail(f"{repo.name} holds no {ADAPTER_WEIGHTS}: finish its training first.")
+    return hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+# --- requirements ----------------------------------------------------------------------------
+
+# The criteria that the public predecessor of this project published for its models. Always
+# answering hate passes the first.
+PUBLISHED = ("f1>=0.62", "lgbtq.fpr<=0.40", "mexican.fpr<=0.10", "middle_east.fpr<=0.25")
+# What may be written in a requirement instead of a figure's name.
+SHORT_NAMES = {
+    "fpr": "false_positive_rate",
+    "fnr": "false_negative_rate",
+    "auc": "roc_auc",
+    "ap": "average_precision",
+}
+
+
+def parse_requirement(text: str) -> tuple[str, str, float]:
+    """`PATH(>=|<=|>|<)NUMBER` as its three parts; a rate is a number from 0 to 1.
+
+    PATH: `f1`, `lgbtq.fpr`, `gap.fpr`, `ratio.fnr`, `vs_base.f1`, `vs_base.lgbtq.fpr`.
+    """
+    found = re.fullmatch(r"\s*([^<>=]*[^<>=\s])\s*(>=|<=|>|<)\s*([-+]?[\d.]+(?:e-?\d+)?)\s*", text)
+    try:
+        return found[1], found[2], float(found[3])
+    except (TypeError, ValueError):
+        fail(
+            f"--require {visible(repr(text))} is no requirement. Write a figure, one of >=, <=, >, "
+            "<, and a number, such as 'f1>=0.62', 'lgbtq.fpr<=0.4' or 'gap.fpr<=0.1'."
+        )
+
+
+def find_comparison(metrics: dict[str, Any], path: str) -> tuple[dict[str, Any], str]:
+    """The comparison that a path `vs_NAME.…` names, and the rest of the path."""
+    others: dict[str, dict[str, Any]] = {}
+    for number_, one in enumerate(metrics["comparisons"], start=1):
+        others |= {str(number_): one, one["second"]: one}
+    if "base_model" in others:
+        others.setdefault("base", others["base_model"])
+    # A name may hold dots, and one may begin like another.
+    name = max((one for one in others if path.startswith(f"vs_{one}.")), key=len, default=None)
+    if name is None:
+        fail(
+            f"--require {visible(path)}: there is no such comparison. There are: "
+            f"{', '.join(visible(f'vs_{one}') for one in others) or 'none'}."
+        )
+    return others[name], path.removeprefix(f"vs_{name}.")
+
+
+def find_figure(metrics: dict[str, Any], path: str) -> dict[str, Any]:
+    """The figure of a requirement's path: of the first strategy, or of its difference from another.
+
+    `metrics` is of the form of metrics.json. A path with `vs_` names the other strategy, `vs_1`
+    the first that it is compared with, `vs_base` the base model. A figure that counts fewer than
+    `MIN_DENOMINATOR` posts is returned as undefined: too few to conclude anything from.
+    """
+    one, rest, bias = metrics["strategies"][0], path, metrics["strategies"][0]["bias"]
+    if path.startswith("vs_"):
+        one, rest = find_comparison(metrics, path)
+        bias = {}
+    place, _, key = rest.rpartition(".")
+    key = SHORT_NAMES.get(key, key)
+    form = {"gap": "max_min", "ratio": "min_max_ratio"}.get(place)
+    if (form or key.endswith("_difference")) and bias is None:
+        return number(None, 0, "all posts have the same answer")
+    if form and bias:
+        figures = {rate: gap[form] for rate, gap in bias["gaps"].items()}
+    elif place in ("", "overall"):
+        figures = one["overall"] | (bias or {})
+    elif place in one["groups"]:
+        figures = one["groups"][place]
+    else:
+        fail(
+            f"--require {visible(path)}: there is no group {visible(place)!r}. There are: "
+            f"{', '.join(map(visible, one['groups']))}; gap and ratio are of a rate between groups."
+        )
+    if key == "f1" and "f1" not in figures:
+        key = f"f1_{metrics['positive_label']}"
+    there = [name for name, item in figures.items() if isinstance(item, dict) and "value" in item]
+    if key not in there:
+        fail(
+            f"--require {visible(path)}: there is no figure {visible(key)!r}. There are: "
+            f"{', '.join(there)}."
+        )
+    figure, counts_posts = figures[key], not form and not key.endswith("_difference")
+    if counts_posts and figure["value"] is not None and figure["n"] < MIN_DENOMINATOR:
+        reason = f"insufficient: {figure['n']} posts, and {MIN_DENOMINATOR} are needed"
+        return figure | {"value": None, "low": None, "high": None, "reason": reason}
+    return figure
+
+
+def judge(metrics: dict[str, Any], requirements: list[str], strict: bool) -> list[dict[str, Any]]:
+    """Whether each requirement holds, for the figure or, if `strict`, for its interval's bad end.
+
+    What is undefined does not hold, nor, if `strict`, what has no interval.
+    """
+    tests = {">=": operator.ge, "<=": operator.le, ">": operator.gt, "<": operator.lt}
+    verdicts = []
+    for text in requirements:
+        path, sign, bound = parse_requirement(text)
+        figure = find_figure(metrics, path)
+        end = ("low" if sign.startswith(">") else "high") if strict else "value"
+        tested, reason = figure[end], figure["reason"]
+        if tested is None and reason is None:
+            reason = "no interval"
+        # The last bits of a difference are rounding.
+        holds = tested is not None and tests[sign](round(tested, 12), bound)
+        verdicts.append(
+            {
+                "requirement": text,
+                **{key: figure[key] for key in ("value", "low", "high", "n")},
+                "tested": tested,
+                "holds": bool(holds),
+                "reason": reason,
+            }
+        )
+    return verdicts
+
+
+def requirement_table(verdicts: list[dict[str, Any]]) -> list[list[str]]:
+    """A row per requirement, header first."""
+    rows = [["requirement", "value", "95 % interval", "n", "verdict"]]
+    for one in verdicts:
+        value = "undefined" if one["value"] is None else f"{one['value']:.4f}"
+        interval = "none" if one["low"] is None else f"[{one['low']:.4f}, {one['high']:.4f}]"
+        verdict = "holds" if one["holds"] else "FAILS"
+        verdict += f" ({visible(one['reason'], 100)})" if one["reason"] else ""
+        rows.append([visible(one["requirement"]), value, interval, str(one["n"]), verdict])
+    return rows
+
+
+def expand_requirements(requirements: list[str], metrics: dict[str, Any]) -> list[str]:
+    """The requirements with `published` and `beats_baselines` written out."""
+    expanded: list[str] = []
+    for text in requirements:
+        if text == "published":
+            expanded += PUBLISHED
+        elif text == "beats_baselines":
+            names = [one["name"] for one in metrics["strategies"] if one["kind"] == "baseline"]
+            there = {one["second"] for one in metrics["comparisons"]}
+            expanded += [
+                f"vs_{name}.{key}>0"
+                for name in names
+                if name in there
+                for key in ("f1", "accuracy")
+            ]
+        else:
+            expanded.append(text)
+    return expanded
+
+
+def gate_table(metrics: dict[str, Any]) -> list[list[str]]:
+    """The verdicts on --require, header first; no rows without any."""
+    return requirement_table(metrics["gates"]) if metrics["gates"] else []
+
+
 # --- files -----------------------------------------------------------------------------------
 
 
@@ -3698,8 +5603,15 @@ def write_csv(file: Path, header: list[str], rows: list[list[Any]]) -> None:
             writer.writerow([csv_text(cell) if isinstance(cell, str) else cell for cell in row])
 
 
-def write_predictions(file: Path, task: Task, posts: list[dict[str, Any]], with_text: bool) -> None:
-    """One row a post: its labels, its probabilities, its groups, what was special about it."""
+def write_predictions(
+    folder: Path, task: Task, posts: list[dict[str, Any]], with_text: bool
+) -> None:
+    """predictions.csv and predictions.parquet: a row per post, with its labels, probabilities,
+    groups and columns. Text stands in them only where it is asked for; the parquet file holds it
+    as it is, the CSV made safe for spreadsheets."""
+    import pyarrow as pa
+    from pyarrow import parquet
+
     others = [label for label in task.labels if label != task.positive]
     listed = [task.positive, *(others if len(others) > 1 else [])]
     columns: dict[str, Callable[[dict[str, Any]], Any]] = {
@@ -3708,11 +5620,11 @@ def write_predictions(file: Path, task: Task, posts: list[dict[str, Any]], with_
         "prediction": lambda post: post["prediction"],
     }
     for label in listed:
-        columns[f"p_{label}"] = lambda post, label=label: post["probabilities"][label]
+        columns[f"p_{label}"] = lambda post, label=label: (post["probabilities"] or {}).get(label)
     columns |= {
-        "target_groups": lambda post: "|".join(post["target_groups"]),
-        "cut": lambda post: str(post["cut"]).lower(),
-        "near_tie": lambda post: str(post["near_tie"]).lower(),
+        "target_groups": lambda post: post["target_groups"],
+        "cut": lambda post: post["cut"],
+        "near_tie": lambda post: post["near_tie"],
     }
     if "base_prediction" in posts[0]:
         columns["base_prediction"] = lambda post: post["base_prediction"]
@@ -3721,10 +5633,44 @@ def write_predictions(file: Path, task: Task, posts: list[dict[str, Any]], with_
         columns["scored_prediction"] = lambda post: post["scored_prediction"]
     if any("status" in post for post in posts):
         columns["answer_status"] = lambda post: post.get("status")
+    for name in kept_columns(posts):
+        columns[name] = lambda post, name=name: str(post["columns"].get(name, ""))
     if with_text:
         columns["text"] = lambda post: post["text"]
-    rows = [[read(post) for read in columns.values()] for post in posts]
-    write_csv(file, list(columns), rows)
+    values = {name: [read(post) for post in posts] for name, read in columns.items()}
+
+    def cell(value: Any) -> Any:
+        if isinstance(value, bool):
+            return str(value).lower()
+        return "|".join(value) if isinstance(value, list) else value
+
+    rows = [[cell(value) for value in row] for row in zip(*values.values(), strict=True)]
+    write_csv(folder / "predictions.csv", list(columns), rows)
+    types = {"target_groups": pa.list_(pa.string()), "cut": pa.bool_(), "near_tie": pa.bool_()}
+    types |= {name: pa.float64() for name in columns if re.match("(base_)?p_", name)}
+    table = pa.table(
+        {
+            name: pa.array(column, type=types.get(name, pa.string()))
+            for name, column in values.items()
+        }
+    )
+    parquet.write_table(table, folder / "predictions.parquet")
+
+
+# Of a dataset's columns, those that say what kind of post it is; they hold no text of the post.
+KIND_COLUMNS = (
+    *("source", "label_multiclass", "length", "agreement", "functionality", "target_ident"),
+    *("direction", "case_id", "ref_case_id", "templ_id", "ref_templ_id"),
+)
+
+
+def kept_columns(posts: list[dict[str, Any]]) -> list[str]:
+    """The columns of KIND_COLUMNS that say something of some post."""
+    return [
+        name
+        for name in KIND_COLUMNS
+        if any(post.get("columns", {}).get(name) not in (None, "") for post in posts)
+    ]
 
 
 def write_answers(file: Path, posts: list[dict[str, Any]]) -> None:
@@ -3744,26 +5690,40 @@ def write_answers(file: Path, posts: list[dict[str, Any]]) -> None:
 
 
 def write_metric_tables(folder: Path, metrics: dict[str, Any]) -> None:
-    """performance_metrics.csv (a row per strategy) and bias_metrics.csv (per strategy, group)."""
-    overall = ("accuracy", "precision", "recall", f"f1_{metrics['positive_label']}")
+    """performance_metrics.csv (a row per strategy) and bias_metrics.csv (per strategy, group).
+
+    Rates are over the answers that have a label: `coverage` of all.
+    """
+    overall = ("accuracy", "precision", "recall", f1_name(metrics))
     rates = ("false_positive_rate", "false_negative_rate")
+    answered = ("n_total", "n_unparsed")
     performance, bias = [], []
     for strategy in metrics["strategies"]:
         name, figures = strategy["name"], strategy["overall"]
         if figures is None:
-            performance.append([name, *[None] * (len(overall) + len(CONFUSION))])
-            bias += [[name, group, *[None] * 7] for group in strategy["groups"]]
+            performance.append([name, *[None] * (len(overall) + len(CONFUSION) + 3)])
+            bias += [[name, group, *[None] * 10] for group in strategy["groups"]]
             continue
         values = [figures[key]["value"] for key in overall]
-        performance.append([name, *values, *(figures[key] for key in CONFUSION)])
+        counts = [figures[key] for key in (*CONFUSION, *answered)]
+        performance.append([name, *values, *counts, strategy["coverage"]["value"]])
         for group, figures in strategy["groups"].items():
             values = [figures[key]["value"] for key in rates]
-            counts = [figures[key] for key in CONFUSION]
-            bias.append([name, group, figures["n"], *values, *counts])
-    header = ["strategy", "accuracy", "precision", "recall", "f1_score", *CONFUSION]
+            counts = [figures[key] for key in (*CONFUSION, *answered)]
+            coverage = figures["n"] / figures["n_total"] if figures["n_total"] else None
+            bias.append([name, group, figures["n"], *values, *counts, coverage])
+    further = (*answered, "coverage")
+    header = ["strategy", "accuracy", "precision", "recall", "f1_score", *CONFUSION, *further]
     write_csv(folder / "performance_metrics.csv", header, performance)
-    header = ["strategy", "persona_tag", "sample_count", *rates, *CONFUSION]
+    header = ["strategy", "persona_tag", "sample_count", *rates, *CONFUSION, *further]
     write_csv(folder / "bias_metrics.csv", header, bias)
+
+
+def write_errors(file: Path, errors: list[dict[str, Any]], positive: str, with_text: bool) -> None:
+    """errors.csv: the rows of `list_errors`."""
+    header = ["id", "error", "label", "prediction", f"p_{positive}", "confidence"]
+    header += ["target_groups", "near_tie", *(["text"] if with_text else [])]
+    write_csv(file, header, [[row[name] for name in header] for row in errors])
 
 
 def build_record(
@@ -3804,7 +5764,9 @@ def build_record(
         "posts": metrics["n"],
         "cut_posts": metrics["cut_posts"],
         "near_ties": metrics["near_ties"],
-        "headline": {name: figures[name]["value"] for name in figure_names(task.positive)},
+        "headline": {name: figures[name]["value"] for name in (*HEADLINE, f1_name(metrics))},
+        "profile": None,
+        "predictions": None,
     }
 
 
@@ -3814,21 +5776,29 @@ def write_files(
     task: Task,
     posts: list[dict[str, Any]],
     metrics: dict[str, Any],
+    sample: Sample,
     record: dict[str, Any],
 ) -> None:
     """Write everything that an evaluation leaves behind."""
     from jinja2 import Environment
 
-    write_predictions(folder / "predictions.csv", task, posts, args.log_text)
+    write_predictions(folder, task, posts, args.log_text)
+    errors = list_errors(posts, task, args.log_text)
+    write_errors(folder / "errors.csv", errors, task.positive, args.log_text)
     if ANSWERS in output_files(args):
         write_answers(folder / ANSWERS, posts)
     write_metric_tables(folder, metrics)
     write_json(folder / "metrics.json", metrics)
-    page = build_page(metrics, record)
+    (folder / "evaluation_report.txt").write_text(build_text(metrics), encoding="utf-8")
+    page = build_page(metrics, record, sample, errors[:MOST_ERRORS]) | {"all_errors": len(errors)}
     template = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(PAGE)
     (folder / "report.html").write_text(template.render(page), encoding="utf-8")
     (folder / "report.md").write_text(build_markdown(page), encoding="utf-8")
     write_json(folder / CONTRACT, record)
+
+
+# The page lists so many errors; errors.csv has all.
+MOST_ERRORS = 100
 
 
 def name_output(
@@ -3875,10 +5845,12 @@ def name_variant(args: argparse.Namespace, contract: dict[str, Any]) -> list[str
         str(args.prompt): args.prompt not in (None, asked),
         f"first{args.max_samples}": args.max_samples,
         f"seed{args.seed}": args.max_samples and args.seed != 42,
-        f"threshold{args.threshold}": args.threshold != 0.5,
+        f"threshold{args.threshold}": args.threshold != 0.5 and not args.profile,
         f"length{args.max_length}": args.max_length,
         args.dtype: args.dtype != "auto",
         four: four,
+        str(args.dataset_config): args.dataset_config,
+        f"profile-{args.profile}": args.profile,
     }
     return [word for word, said in words.items() if said]
 
@@ -3920,15 +5892,22 @@ def evaluation_key(
     adapter: Repo | None,
     base: Repo,
     dataset: Repo | None,
+    against: list[Run],
 ) -> str:
     """A hash of everything that decides an evaluation's scores and report."""
     loose = ("output_dir", "push", "allow_public", "fresh", "config_file", "save_minutes")
+    # Where else the report goes, and what is asked of its figures.
+    loose += ("space", "report_to", "card")
     # Known by their content, so that @revision, a branch or a moved folder make no difference.
     loose += ("adapter", "model_name_or_path", "model_revision", "dataset_repo")
     fixed = {name: value for name, value in vars(args).items() if name not in loose}
     today = None if contract else datetime.now(UTC).date().isoformat()
     parts: list[Any] = [without_paths(fixed), contract, today, key_of_weights(adapter, base)]
     parts.append(dataset and fingerprint(dataset))
+    parts += [[run.name, run.ids, run.predicted, run.scores] for run in against]
+    for path in (args.identity_terms, args.card_fields):
+        if path and (file := Path(path).expanduser()).is_file():
+            parts.append(file.read_text(encoding="utf-8"))
     if args.test_file and (file := Path(args.test_file).expanduser()).is_file():
         parts.append(hashlib.sha256(file.read_bytes()).hexdigest())
     return hash_of(parts)
@@ -3941,10 +5920,13 @@ def answer_from_files(
     name: str,
     target: Path,
     pushes: bool,
-) -> bool:
-    """Answer from the files of the same evaluation, here or on the Hub, where it is finished."""
+) -> dict[str, Any] | None:
+    """Answer from the files of the same evaluation, here or on the Hub, where it is finished.
+
+    Returns its metrics.json.
+    """
     if args.fresh:
-        return False
+        return None
     names = output_files(args)
     pushed = pushed_files(args)
     here, there = is_whole(target, names, key), False
@@ -3965,13 +5947,13 @@ def answer_from_files(
     if not here and not there:
         if (target / CONTRACT).is_file():
             print(f"replaces an earlier evaluation in {target}", flush=True)
-        return False
+        return None
     print(f"finished already, from {target if here else 'the Hub'}; --fresh scores again")
-    print_summary(json.loads((target / "metrics.json").read_text(encoding="utf-8")))
+    metrics = json.loads((target / "metrics.json").read_text(encoding="utf-8"))
+    print_summary(metrics)
     print(f"report: {target / 'report.html'}", flush=True)
-    if pushes and not there:
-        push_files(args, adapter, name, target, None)
-    return True
+    publish(args, adapter, name, target, None, pushes and not there)
+    return metrics
 
 
 def is_whole(folder: Path, names: tuple[str, ...] | list[str], key: str) -> bool:
@@ -4014,61 +5996,425 @@ def publish_draft(draft: Path, target: Path, names: tuple[str, ...]) -> None:
         (draft / name).replace(target / name)
 
 
+def publish(
+    args: argparse.Namespace,
+    adapter: Repo | None,
+    name: str,
+    folder: Path,
+    scores: Path | None,
+    pushes: bool,
+) -> None:
+    """Bring a finished report where it is asked for: adapter repo, model card, Space."""
+    if adapter and pushes:
+        push_files(args, adapter, name, folder, scores)
+    elif adapter and adapter.folder and updates_card(args):
+        card = adapter.folder / "README.md"
+        if card.is_file():
+            text = card.read_text(encoding="utf-8")
+            card.write_text(new_card(args, text, folder), encoding="utf-8")
+    if args.space:
+        push_space(args.space, folder, f"Bias report: {adapter.name if adapter else name}")
+
+
+def updates_card(args: argparse.Namespace) -> bool:
+    """Whether the evaluation is the one that the model card is to show."""
+    if args.card is not None:
+        return args.card
+    variants = (args.test_file, args.dataset_repo, args.base_only, args.max_samples, args.prompt)
+    usual = args.mode == "score" and args.split == "test" and args.dtype == "auto"
+    return usual and not any(variants) and args.threshold == 0.5 and args.max_length is None
+
+
+def new_card(args: argparse.Namespace, text: str, folder: Path) -> str:
+    """A model card's text with the evaluation in a folder as its section."""
+    metrics, record = (
+        json.loads((folder / file).read_text(encoding="utf-8"))
+        for file in ("metrics.json", CONTRACT)
+    )
+    section = build_card_section(metrics, record, read_card_fields(args.card_fields))
+    return update_card(text, section, metrics, record)
+
+
 def push_files(
     args: argparse.Namespace, adapter: Repo, name: str, folder: Path, scores: Path | None
 ) -> None:
-    """Commit the evaluation's files to eval/NAME/ of the adapter repo, and its scores beside it.
+    """Commit the evaluation's files to eval/NAME/ of the adapter repo, its scores beside it, and
+    its section of the model card.
 
     The same commit removes the answers of an earlier or unfinished evaluation of the same name.
     """
-    from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, hf_hub_download
 
-    names = {f"eval/{name}/{file}": folder / file for file in pushed_files(args)}
+    names: dict[str, Any] = {f"eval/{name}/{file}": folder / file for file in pushed_files(args)}
     if scores:
         names[f"eval/{scores.name}"] = scores
-    operations: list[Any] = [
-        CommitOperationAdd(path_in_repo=path, path_or_fileobj=file) for path, file in names.items()
-    ]
     with hub_errors(f"push the report in {folder} to {adapter.name}"):
+        head = HfApi().repo_info(adapter.name)
+        files = [file.rfilename for file in head.siblings or []]
+        if updates_card(args):
+            text = f"# {adapter.name}\n"
+            if "README.md" in files:
+                card = hf_hub_download(adapter.name, "README.md", revision=head.sha)
+                text = Path(card).read_text(encoding="utf-8")
+            names["README.md"] = new_card(args, text, folder).encode()
+        operations: list[Any] = [
+            CommitOperationAdd(path_in_repo=path, path_or_fileobj=file)
+            for path, file in names.items()
+        ]
         stale = [
-            file
-            for file in HfApi().list_repo_files(adapter.name)
-            if file.startswith(f"eval/{name}/answers.") and file not in names
+            file for file in files if file.startswith(f"eval/{name}/answers.") and file not in names
         ]
         operations += [CommitOperationDelete(path_in_repo=file) for file in stale]
         made = commit(adapter.name, "model", operations, f"Evaluate: {name}")
     print(f"pushed: {adapter.name}@{made} eval/{name}/", flush=True)
 
 
+# --- plots -----------------------------------------------------------------------------------
+
+
+def draw(plots: list[tuple[str, str, Any, tuple[float, float]]]) -> list[dict[str, str]]:
+    """Each plot as SVG text that takes the page's colours, with its title and description.
+
+    A plot is its title, what it shows in words, a function that draws on matplotlib axes, and its
+    size in inches.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib.figure import Figure
+
+    drawn = []
+    style = {"svg.fonttype": "none", "svg.hashsalt": "report", "font.size": 9.5}
+    style |= {"axes.edgecolor": "#57606a", "axes.labelcolor": "#1c2127", "text.color": "#1c2127"}
+    style |= {"xtick.color": "#57606a", "ytick.color": "#57606a", "axes.spines.top": "False"}
+    style |= {"axes.spines.right": "False", "grid.color": "#d5dae0", "legend.frameon": "False"}
+    style |= {"font.family": "sans-serif", "axes.axisbelow": "True", "text.parse_math": "False"}
+    with matplotlib.rc_context(style):
+        for number_, (title, words, paint, size) in enumerate(plots):
+            figure = Figure(figsize=size, layout="constrained")
+            paint(figure.subplots())
+            buffer = io.StringIO()
+            figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+            svg = page_svg(buffer.getvalue(), f"p{number_}-", f"{title}: {words}")
+            drawn.append({"title": title, "words": words, "svg": svg})
+    return drawn
+
+
+def page_svg(text: str, prefix: str, label: str) -> str:
+    """matplotlib's SVG as part of a page: names of its own, the page's colours and fonts."""
+    from html import escape
+
+    text = text[text.index("<svg ") :]
+    text = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->", "", text, flags=re.DOTALL)
+    text = re.sub(r'<style type="text/css">.*?</style>', "", text, flags=re.DOTALL)
+    text = re.sub(r'\bid="', f'id="{prefix}', text)
+    text = re.sub(r'(href="|url\()#', rf"\1#{prefix}", text)
+    text = re.sub(r"font: ([\d.]+px)[^;\"]*", r"font-size: \1", text)
+    for colour, name in PAGE_COLOURS.items():
+        text = text.replace(colour, f"var({name})")
+    text = re.sub(r"\s*\n\s*", "\n", text)
+    head = f'<svg role="img" aria-label="{escape(label)}" '
+    return re.sub(r'^<svg (xmlns:xlink="[^"]*" )?width="[^"]*" height="[^"]*"', head, text, count=1)
+
+
+def build_plots(
+    metrics: dict[str, Any], sample: Sample
+) -> list[tuple[str, str, Any, tuple[float, float]]]:
+    """The report's plots, those whose figures there are."""
+    positive, negative = visible(metrics["positive_label"]), visible(metrics["negative"])
+    groups, varied = metrics["strategies"][0]["groups"], sample.varied
+    drawn = [one for one in metrics["strategies"] if one["name"] in varied]
+    height = 1.1 + len(groups) * (0.12 + 0.16 * max(2, len(drawn)))
+    plots: list[tuple[str, str, Any, tuple[float, float]]] = []
+    for key, title, words in (
+        ("false_positive_rate", "False positive rate", f"{negative} posts taken for {positive}"),
+        ("false_negative_rate", "False negative rate", f"{positive} posts missed"),
+    ):
+        if drawn:
+            plots.append((title, words, whiskers(metrics, drawn, key), (5.6, height)))
+    scored = [one for one in drawn if sample.scores[one["name"]] is not None]
+    both = 0 < sample.positives.sum() < len(sample.truth)
+    if scored and both:
+        words = f"recall of {positive} against the false positive rate, at every threshold"
+        plots.append(("ROC", words, curve(sample, scored, "roc"), (5.6, 3.6)))
+        words = f"precision of {positive} against its recall, at every threshold"
+        plots.append(("Precision and recall", words, curve(sample, scored, "pr"), (5.6, 3.6)))
+    model = metrics["strategies"][0]["name"]
+    if sample.scores.get(model) is not None and both and model in varied:
+        words = f"share of {positive} posts where the model says p, all posts and each group"
+        plots.append(("Reliability", words, reliability(sample, model), (5.6, 3.8)))
+    if metrics["sweep"]:
+        words = "what another threshold would change, on these posts; choose one on others"
+        plots.append(("Thresholds", words, sweep(metrics), (5.6, 3.6)))
+    if metrics["functional"]:
+        sides = metrics["functional"]["sides"]
+        rows, names = max(len(side["rows"]) for side in sides), metrics["functional"]["identities"]
+        size = (3.2 + 0.62 * (len(names) + 1), 1.2 + 0.27 * rows)
+        for place, side in enumerate(sides):
+            words = "accuracy per functionality and target identity, in brackets the cases"
+            paint = heat_map(metrics["functional"], place)
+            plots.append((f"Functional tests: {visible(side['label'])} cases", words, paint, size))
+    swaps = metrics["identity_swap"]
+    if swaps and swaps["pairs"]:
+        size = (2.4 + 0.9 * len(swaps["groups"]), 1.2 + 0.55 * len(swaps["groups"]))
+        words = "mean change of p when a row's identity term becomes the column's, and flips"
+        plots.append(("Identity swaps", words, lambda axis: plot_swaps(axis, swaps), size))
+    return plots
+
+
+def heat_map(functional: dict[str, Any], place: int) -> Callable[[Any], None]:
+    """One side of the functional tests."""
+    one = functional | {"sides": [functional["sides"][place]]}
+    return lambda axis: plot_functional([axis], one)
+
+
+def whiskers(
+    metrics: dict[str, Any], drawn: list[dict[str, Any]], key: str
+) -> Callable[[Any], None]:
+    """Dots with 95 % whiskers: a row per group, in it a mark per strategy."""
+
+    def paint(axis: Any) -> None:
+        groups = list(metrics["strategies"][0]["groups"])
+        for place, one in enumerate(drawn):
+            colour = MODEL_COLOURS[one["kind"]]
+            for row, group in enumerate(groups):
+                figure = one["groups"][group][key]
+                y = row + (place - (len(drawn) - 1) / 2) * 0.2
+                if figure["value"] is None:
+                    axis.text(0.01, y, "undefined", va="center", color="#57606a", size=8)
+                    continue
+                axis.plot([figure["low"], figure["high"]], [y, y], color=colour, lw=1.8)
+                fill = colour if place == 0 else "#ffffff"
+                axis.plot(
+                    figure["value"], y, "o", ms=5, mfc=fill, mec=colour, mew=1.6,
+                    label=visible(one["name"], 24) if row == 0 else None,
+                )  # fmt: skip
+        value = drawn[0]["overall"][key]["value"]
+        if value is not None:
+            axis.axvline(value, color=MODEL_COLOURS["model"], lw=1, ls="--", alpha=0.7)
+        names = [
+            f"{visible(group, 20)}\n{metrics['strategies'][0]['groups'][group][key]['n']} posts"
+            for group in groups
+        ]
+        axis.set_yticks(range(len(groups)), names)
+        axis.set_ylim(len(groups) - 0.5, -0.5)
+        axis.set_xlim(0, 1)
+        axis.xaxis.set_major_formatter(lambda value, _: f"{100 * value:.0f} %")
+        axis.grid(axis="x")
+        marks: dict[str, Any] = {}
+        for line in axis.lines:
+            if not line.get_label().startswith("_"):
+                marks.setdefault(line.get_label(), line)
+        axis.legend(
+            marks.values(), marks, loc="lower center", bbox_to_anchor=(0.4, 1), ncols=3, fontsize=8
+        )
+
+    return paint
+
+
+def thinned(*columns: Any, most: int = 200) -> list[Any]:
+    """At most so many points of a curve, its ends among them."""
+    import numpy as np
+
+    size = len(columns[0])
+    kept = np.unique(np.linspace(0, size - 1, min(size, most)).round().astype(int))
+    return [np.asarray(column)[kept] for column in columns]
+
+
+def curve(sample: Sample, drawn: list[dict[str, Any]], kind: str) -> Callable[[Any], None]:
+    """ROC or precision-recall curves of strategies with scores."""
+
+    def paint(axis: Any) -> None:
+        from sklearn.metrics import precision_recall_curve, roc_curve
+
+        truth = sample.positives
+        for one in drawn:
+            scores = sample.scores[one["name"]]
+            if kind == "roc":
+                x, y, _ = roc_curve(truth, scores)
+                area = one["overall"]["roc_auc"]["value"]
+            else:
+                y, x, _ = precision_recall_curve(truth, scores)
+                area = one["overall"]["average_precision"]["value"]
+            name = f"{visible(one['name'], 24)} {area:.3f}"
+            axis.plot(*thinned(x, y), color=MODEL_COLOURS[one["kind"]], lw=1.6, label=name)
+        if kind == "roc":
+            axis.plot([0, 1], [0, 1], color="#57606a", lw=0.8, ls=":")
+            axis.set_xlabel("false positive rate")
+            axis.set_ylabel("recall")
+        else:
+            axis.axhline(truth.mean(), color="#57606a", lw=0.8, ls=":")
+            axis.set_xlabel("recall")
+            axis.set_ylabel("precision")
+        axis.set(xlim=(-0.01, 1.01), ylim=(-0.01, 1.02))
+        axis.grid()
+        axis.legend(loc="lower right" if kind == "roc" else "lower left", fontsize=8)
+
+    return paint
+
+
+def reliability(sample: Sample, model: str) -> Callable[[Any], None]:
+    """Share of positive posts against the mean score, in bins of equally many posts."""
+
+    def paint(axis: Any) -> None:
+        import numpy as np
+
+        scores, positive = sample.scores[model], sample.positives
+        places = {"all posts": np.ones(len(scores), dtype=bool)}
+        places |= {
+            group: sample.members[group]
+            for group in sample.groups
+            if sample.members[group].sum() >= MIN_DENOMINATOR
+        }
+        axis.plot([0, 1], [0, 1], color="#57606a", lw=0.8, ls=":")
+        colours = [MODEL_COLOURS["model"], *[c for k, c in MODEL_COLOURS.items() if k != "model"]]
+        for number_, (place, posts) in enumerate(places.items()):
+            bins = equal_mass_bins(scores[posts], 10 if number_ == 0 else 5)
+            counts = np.bincount(bins)
+            kept = counts > 0
+            x = np.bincount(bins, weights=scores[posts])[kept] / counts[kept]
+            hits = np.bincount(bins, weights=positive[posts])[kept].astype(int)
+            y, colour = hits / counts[kept], colours[number_ % len(colours)]
+            label = f"{visible(place, 20)} ({posts.sum()})"
+            axis.plot(x, y, "o-", ms=3.5, lw=2 if number_ == 0 else 1.1, color=colour, label=label)
+            if number_ == 0:
+                ends = np.array([wilson(int(h), int(n)) for h, n in zip(hits, counts[kept])])  # noqa: B905
+                axis.vlines(x, ends[:, 0], ends[:, 1], color=colour, lw=1, alpha=0.6)
+        axis.set(xlim=(-0.01, 1.01), ylim=(-0.01, 1.02), xlabel="mean p", ylabel="share positive")
+        axis.grid()
+        axis.legend(loc="upper left", fontsize=8)
+
+    return paint
+
+
+def sweep(metrics: dict[str, Any]) -> Callable[[Any], None]:
+    """Error rates, F1 and gaps over the threshold."""
+    lines = {
+        "false_positive_rate": ("false positive rate", "#8a5a00", "-"),
+        "false_negative_rate": ("false negative rate", "#6b3fa0", "-"),
+        "f1": (f"F1 {visible(metrics['positive_label'])}", "#0a5bb0", "-"),
+        "gap_false_positive_rate": ("gap of the FPR", "#8a5a00", "--"),
+        "gap_false_negative_rate": ("gap of the FNR", "#6b3fa0", "--"),
+    }
+
+    def paint(axis: Any) -> None:
+        found = metrics["sweep"]
+        for key, (name, colour, style) in lines.items():
+            if key in found:
+                values = [math.nan if value is None else value for value in found[key]]
+                axis.plot(found["threshold"], values, style, color=colour, lw=1.5, label=name)
+        axis.axvline(metrics["threshold"], color="#57606a", lw=1, ls=":")
+        axis.set(xlim=(0, 1), ylim=(0, 1.02), xlabel="threshold of p")
+        axis.grid()
+        axis.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=3, fontsize=8)
+
+    return paint
+
+
 # --- report ----------------------------------------------------------------------------------
 
+# Rates, shown in per cent and their differences in points; all else is a number from 0 or -1 to 1.
+RATES = (
+    *("accuracy", "balanced_accuracy", "precision", "recall", "false_positive_rate"),
+    *("false_negative_rate", "flag_rate"),
+)
+TITLES = {
+    "accuracy": "accuracy",
+    "balanced_accuracy": "balanced accuracy",
+    "precision": "precision",
+    "recall": "recall",
+    "false_positive_rate": "false positive rate",
+    "false_negative_rate": "false negative rate",
+    "flag_rate": "flagged",
+    "f1": "F1",
+    "f1_macro": "macro F1",
+    "f1_weighted": "weighted F1",
+    "mcc": "MCC",
+    "roc_auc": "AUROC",
+    "bpsn_auc": "BPSN AUC",
+    "bnsp_auc": "BNSP AUC",
+    "average_precision": "average precision",
+    "brier": "Brier score",
+    "ece": "ECE",
+}
+MODEL_COLOURS = {
+    "model": "#0a5bb0",
+    "baseline": "#8a5a00",
+    "compared": "#6b3fa0",
+    "base": "#00655a",
+    "against": "#a3195b",
+}
+# Colours that the page replaces by its own, which differ in the dark.
+PAGE_COLOURS = {
+    "#1c2127": "--ink",
+    "#57606a": "--soft",
+    "#d5dae0": "--line",
+    "#ffffff": "--paper",
+} | {colour: f"--{kind}" for kind, colour in MODEL_COLOURS.items()}
 
-def figure_names(positive: str) -> tuple[str, ...]:
-    """The figures of the table over all posts."""
-    return ("accuracy", "precision", "recall", f"f1_{positive}", "f1_macro", "roc_auc")
+
+def f1_name(metrics: dict[str, Any]) -> str:
+    return f"f1_{metrics['positive_label']}"
 
 
-def shown(figure: dict[str, Any]) -> str:
-    """A figure as people read it: `8.5 % [6.1, 11.6]`, `0.812`, `undefined (no hate posts)`."""
+def title_of(key: str) -> str:
+    """A figure's name for people; `f1_hate` is `F1 hate`."""
+    return TITLES.get(key) or f"F1 {visible(key.removeprefix('f1_'))}"
+
+
+def shown(key: str, figure: dict[str, Any], least: int = 0) -> str:
+    """A figure as people read it: `8.5 % [6.1, 11.6]`, `0.812 [0.790, 0.833]`.
+
+    Undefined ones say why; a rate of fewer than `least` posts is `insufficient (7 posts)`.
+    """
     if figure["value"] is None:
         return f"undefined ({visible(figure['reason'])})"
+    if figure["n"] < least:
+        return f"insufficient ({figure['n']} posts)"
+    scale, digits, unit = (100, 1, " %") if key in RATES else (1, 3, "")
+    text = f"{scale * figure['value']:.{digits}f}{unit}"
     if figure["low"] is None:
-        return f"{figure['value']:.3f}"
-    low, high = 100 * figure["low"], 100 * figure["high"]
-    return f"{100 * figure['value']:.1f} % [{low:.1f}, {high:.1f}]"
+        return text
+    return f"{text} [{scale * figure['low']:.{digits}f}, {scale * figure['high']:.{digits}f}]"
+
+
+def shown_difference(key: str, figure: dict[str, Any], p: str = "p") -> str:
+    """A difference with its sign: `+6.1 points [1.2, 11.0], p 0.012`."""
+    if figure["value"] is None:
+        return f"undefined ({visible(figure['reason'])})"
+    scale, digits, unit = (100, 1, " points") if key in RATES else (1, 3, "")
+    text = f"{scale * figure['value']:+.{digits}f}{unit}"
+    if figure["low"] is not None:
+        text += f" [{scale * figure['low']:.{digits}f}, {scale * figure['high']:.{digits}f}]"
+    if figure.get(p) is not None:
+        text += f", {shown_p(figure[p])}"
+    return text
+
+
+def shown_p(p: float) -> str:
+    return "p < 0.001" if p < 0.001 else f"p {p:.3f}"
 
 
 def overall_table(metrics: dict[str, Any]) -> list[list[str]]:
     """The strategies over all posts, header first."""
-    positive = metrics["positive_label"]
-    header = ["strategy", "accuracy", "precision", "recall"]
-    rows = [[*header, f"F1 {visible(positive)}", "macro F1", "AUROC"]]
+    keys = ("accuracy", "precision", "recall", f1_name(metrics), "f1_macro", "roc_auc")
+    return figure_table(metrics, keys)
+
+
+def further_table(metrics: dict[str, Any]) -> list[list[str]]:
+    """The rest of the figures over all posts, header first."""
+    keys = ("balanced_accuracy", "mcc", "f1_weighted", "average_precision", "brier", "ece")
+    return figure_table(metrics, keys)
+
+
+def figure_table(metrics: dict[str, Any], keys: tuple[str, ...]) -> list[list[str]]:
+    rows = [["strategy", *(title_of(key) for key in keys)]]
     for strategy in metrics["strategies"]:
         figures = strategy["overall"]
         if figures is None:
-            cells = [f"undefined ({visible(strategy['reason'], 100)})", *[""] * 5]
+            cells = [f"undefined ({visible(strategy['reason'], 100)})", *[""] * (len(keys) - 1)]
         else:
-            cells = [shown(figures[name]) for name in figure_names(positive)]
+            cells = [shown(key, figures[key]) for key in keys]
         rows.append([visible(strategy["name"]), *cells])
     return rows
 
@@ -4076,18 +6422,72 @@ def overall_table(metrics: dict[str, Any]) -> list[list[str]]:
 def group_table(metrics: dict[str, Any], strategies: list[dict[str, Any]]) -> list[list[str]]:
     """A row per target group and strategy that gave answers, header first."""
     positive = metrics["positive_label"]
-    columns = ("false_positive_rate", "false_negative_rate", "precision", f"f1_{positive}")
-    titles = ["false positive rate", "false negative rate", "precision", f"F1 {visible(positive)}"]
-    rows = [["target group", "posts", visible(positive), "strategy", *titles]]
-    for group in metrics["strategies"][0]["groups"]:
+    keys = ("false_positive_rate", "false_negative_rate", "precision", f1_name(metrics), "roc_auc")
+    rows = [["target group", "posts", visible(positive), "strategy", *map(title_of, keys)]]
+    for group, found in metrics["strategies"][0]["groups"].items():
+        if group == NO_TARGET and not found["n_total"]:
+            continue
         for strategy in strategies:
             figures = strategy["groups"][group]
             if figures is None or (figures["n"] == 0 and strategy["kind"] == "baseline"):
                 continue
             counts = [str(figures["n"]), str(figures["labels"][positive])]
-            cells = [shown(figures[column]) for column in columns]
+            cells = [shown(key, figures[key], metrics["min_denominator"]) for key in keys]
             rows.append([visible(group), *counts, visible(strategy["name"]), *cells])
     return rows
+
+
+def gap_table(metrics: dict[str, Any]) -> list[list[str]]:
+    """How far each group's error rates are from those of all other posts, header first."""
+    rows = [["error rate", "group", "posts", "against all others", "stands out"]]
+    bias = metrics["strategies"][0]["bias"]
+    for rate, gap in (bias or {"gaps": {}})["gaps"].items():
+        title = title_of(rate)
+        words = "cannot be tested"
+        if gap["significant"] is not None:
+            words = "more than chance" if gap["significant"] else "no more than chance"
+        widest = shown_gap(gap["max_min"], rate)
+        rows.append([title, "largest gap", str(gap["max_min"]["n"]) + " groups", widest, words])
+        for group, one in gap["groups"].items():
+            if group == NO_TARGET:
+                continue
+            away = shown_difference(rate, one["vs_rest"], "p_holm")
+            said = {None: "cannot be tested", True: "yes", False: "no"}[one["significant"]]
+            rows.append([title, visible(group), str(one["vs_rest"]["n"]), away, said])
+        for group in gap["left_out"]:
+            n = metrics["strategies"][0]["groups"][group][rate]["n"]
+            rows.append([title, visible(group), str(n), "insufficient", "cannot be tested"])
+    return rows if len(rows) > 1 else []
+
+
+def shown_gap(figure: dict[str, Any], key: str) -> str:
+    """A largest gap, which has no sign."""
+    return shown_difference(key, figure, "p_holm").removeprefix("+")
+
+
+def bias_auc_table(metrics: dict[str, Any]) -> list[list[str]]:
+    """Threshold-free bias of the model: AUCs of each group and their power mean, header first."""
+    model, keys = metrics["strategies"][0], ("roc_auc", "bpsn_auc", "bnsp_auc", "ece")
+    if not model["bias"] or model["overall"]["roc_auc"]["value"] is None:
+        return []
+    rows = [["target group", "subgroup AUC", "BPSN AUC", "BNSP AUC", "ECE"]]
+    for group, figures in model["groups"].items():
+        if group != NO_TARGET:
+            cells = [shown(key, figures[key], metrics["min_denominator"]) for key in keys]
+            rows.append([visible(group), *cells])
+    means = model["bias"]["power_means"]
+    return [*rows, ["power mean (p = -5)", *(shown(key, means[key]) for key in keys[:3]), ""]]
+
+
+def comparison_table(metrics: dict[str, Any]) -> list[list[str]]:
+    """The model's figures less those of each other strategy, header first."""
+    keys = ("accuracy", "f1", "false_positive_rate", "false_negative_rate", "roc_auc")
+    rows = [["model less", *map(title_of, keys), "only the model right", "only the other"]]
+    for one in metrics["comparisons"]:
+        cells = [shown_difference(key, one["overall"][key]) for key in keys]
+        counts = [str(one["only_first_right"]), str(one["only_second_right"])]
+        rows.append([visible(one["second"]), *cells, *counts])
+    return rows if len(rows) > 1 else []
 
 
 def answer_table(metrics: dict[str, Any]) -> list[list[str]]:
@@ -4102,97 +6502,224 @@ def answer_table(metrics: dict[str, Any]) -> list[list[str]]:
     return rows
 
 
-def build_lead(metrics: dict[str, Any]) -> str:
-    """The result in three sentences, each figure with its interval."""
-    positive, negative = visible(metrics["positive_label"]), visible(metrics["negative"])
+def unparsed_table(metrics: dict[str, Any]) -> list[list[str]]:
+    """What answers without label would change, header first; or no rows."""
+    keys = ("accuracy", f1_name(metrics), "false_positive_rate", "false_negative_rate")
+    rows = [["strategy", "answers without label", *map(title_of, keys)]]
+    for strategy in metrics["strategies"]:
+        if not strategy.get("unparsed"):
+            continue
+        cases = {"left out": strategy["overall"]}
+        cases |= {
+            rule.replace("_", " "): one["overall"] for rule, one in strategy["unparsed"].items()
+        }
+        for rule, figures in cases.items():
+            cells = [shown(key, figures[key]) for key in keys]
+            rows.append([visible(strategy["name"]), visible(rule), *cells])
+    return rows if len(rows) > 1 else []
+
+
+def slice_tables(metrics: dict[str, Any]) -> list[tuple[str, list[list[str]]]]:
+    """The model's figures by each column that posts were sliced by: its name and its table."""
+    keys = ("false_positive_rate", "false_negative_rate", f1_name(metrics), "roc_auc")
+    tables = []
+    for column, parts in metrics["slices"].items():
+        rows = [[visible(column), "posts", *map(title_of, keys)]]
+        for value, figures in parts.items():
+            cells = [shown(key, figures[key], metrics["min_denominator"]) for key in keys]
+            rows.append([visible(value), str(figures["n"]), *cells])
+        tables.append((visible(column), rows))
+    return tables
+
+
+def prevalence_table(metrics: dict[str, Any]) -> list[list[str]]:
+    """What the error rates mean where few posts are positive, header first; or no rows."""
+    rows = [["prevalence", "posts of", "precision", "flags per 10,000", "of them wrong"]]
+    for one in metrics["prevalence"]:
+        for place, figures in one["places"].items():
+            name = "all" if place == "overall" else visible(place)
+            cells = [shown("precision", figures["precision"])]
+            for key in ("flags", "wrong_flags"):
+                figure = figures[key]
+                text = shown(key, figure)
+                if figure["value"] is not None:
+                    text = f"{figure['value']:.0f} [{figure['low']:.0f}, {figure['high']:.0f}]"
+                cells.append(text)
+            rows.append([f"{one['prevalence']:g}", name, *cells])
+    return rows if len(rows) > 1 else []
+
+
+def offensive_table(metrics: dict[str, Any]) -> list[list[str]]:
+    """The same predictions under three rules for offensive posts, header first; or no rows."""
+    keys = ("false_positive_rate", "false_negative_rate", f1_name(metrics))
+    rows = [["offensive posts", "posts of", "posts", *map(title_of, keys)]]
+    for rule, places in (metrics["offensive_rules"] or {}).items():
+        for place, figures in places.items():
+            name = "all" if place == "overall" else visible(place)
+            cells = [shown(key, figures[key], metrics["min_denominator"]) for key in keys]
+            rows.append(
+                [f"as {rule}" if rule != "dropped" else rule, name, str(figures["n"]), *cells]
+            )
+    return rows if len(rows) > 1 else []
+
+
+def human_table(metrics: dict[str, Any]) -> list[list[str]]:
+    """One annotator against the others, and the model against the same others; or no rows."""
+    people = metrics["people"]
+    if not people or people.get("reason"):
+        return []
+    keys = ("accuracy", "f1", "false_positive_rate", "false_negative_rate")
+    rows = [["judged by the other annotators", "votes", *map(title_of, keys)]]
+    for name, words in (("annotator", "one annotator"), ("model", "the model")):
+        cells = [shown(key, people[name][key]) for key in keys]
+        rows.append([words, str(people["votes"]), *cells])
+    return rows
+
+
+def evasion_table(metrics: dict[str, Any]) -> list[list[str]]:
+    """Recall before and after each way of evading, header first; or no rows."""
+    rows = [["change", "posts of", "posts", "recall before", "recall after", "recall lost"]]
+    for kind, figures in ((metrics["evasion"] or {}).get("kinds") or {}).items():
+        places = {"all": figures, **figures["groups"]}
+        for place, one in places.items():
+            cells = [shown("recall", one[key]) for key in ("recall_before", "recall_after")]
+            lost = shown_difference("recall", one["recall_lost"], "p_holm")
+            n = str(one["recall_before"]["n"])
+            rows.append([visible(kind), visible(place), n, *cells, lost])
+    return rows if len(rows) > 1 else []
+
+
+def swap_words(metrics: dict[str, Any]) -> str:
+    swaps = metrics["identity_swap"]
+    if not swaps:
+        return ""
+    left_out = [f"{visible(one['group'])}: {one['reason']}" for one in swaps["left_out"]]
+    return " ".join([swaps["assumption"], *(f"Left out: {text}." for text in left_out)])
+
+
+def swap_table(metrics: dict[str, Any]) -> list[list[str]]:
+    """Flip rate and mean change of p per pair of groups, header first; or no rows."""
+    positive, negative = metrics["positive_label"], metrics["negative"]
+    rows = [["from", "to", "texts", "flipped", "mean change of p"]]
+    rows[0] += [f"flipped, {visible(label)}" for label in (negative, positive)]
+    for pair in (metrics["identity_swap"] or {"pairs": []})["pairs"]:
+        cells = [
+            shown("flag_rate", pair["flip_rate"]),
+            shown_difference("brier", pair["mean_change"]),
+        ]
+        cells += [
+            shown("flag_rate", pair["parts"]["all"][label]["flip_rate"])
+            for label in (negative, positive)
+        ]
+        names = [visible(pair["source"]), visible(pair["target"])]
+        rows.append([*names, str(pair["flip_rate"]["n"]), *cells])
+    return rows if len(rows) > 1 else []
+
+
+def contrast_table(metrics: dict[str, Any]) -> list[list[str]]:
+    """How often contrasts are told apart, per target identity, header first; or no rows."""
+    contrasts = (metrics["functional"] or {}).get("contrasts")
+    if not contrasts or contrasts["reason"]:
+        return []
+    rows = [["target identity", "pairs", "both right", "told apart by p"]]
+    for name, one in {"all": contrasts, **contrasts["identities"]}.items():
+        cells = [shown("recall", one[key]) for key in ("both_right", "told_apart")]
+        rows.append([visible(name), str(one["n"]), *cells])
+    return rows
+
+
+def build_verdict(metrics: dict[str, Any]) -> list[str]:
+    """What the figures say, a sentence each, every figure with its interval."""
     model = metrics["strategies"][0]
+    return [
+        describe_errors(metrics, model),
+        *describe_comparisons(metrics),
+        *describe_gaps(metrics, model),
+        *describe_undefined(metrics, model),
+    ]
+
+
+def describe_errors(metrics: dict[str, Any], model: dict[str, Any]) -> str:
+    """The model's two error rates in words."""
+    positive, negative = visible(metrics["positive_label"]), visible(metrics["negative"])
     figures, name = model["overall"], visible(model["name"])
     flagged, missed = figures["false_positive_rate"], figures["false_negative_rate"]
-    sentences = [
+    return (
         f"{name} takes {figures['false_positive']} of {flagged['n']} {negative} posts for "
-        f"{positive} (false positive rate {shown(flagged)}) and misses "
+        f"{positive} (false positive rate {shown('false_positive_rate', flagged)}) and misses "
         f"{figures['false_negative']} of {missed['n']} {positive} posts (false negative rate "
-        f"{shown(missed)})."
-    ]
-    rates = {
-        visible(group): one["false_positive_rate"]
-        for group, one in model["groups"].items()
-        if group != NO_TARGET and one["n"] and one["false_positive_rate"]["n"]
-    }
-    ordered = sorted(rates, key=lambda group: rates[group]["value"])
-    if rates and rates[ordered[0]]["value"] < rates[ordered[-1]]["value"]:
-        ends = [
-            f"{group} ({shown(rates[group])}, {rates[group]['n']} {negative} posts)"
-            for group in (ordered[-1], ordered[0])
+        f"{shown('false_negative_rate', missed)}); F1 of {positive} "
+        f"{shown('f1', figures[f1_name(metrics)])}."
+    )
+
+
+def describe_comparisons(metrics: dict[str, Any]) -> list[str]:
+    """Against what it is better or worse in F1, and where there is no evidence of either."""
+    words: dict[str, list[str]] = {"better": [], "worse": [], "even": []}
+    for one in metrics["comparisons"]:
+        away, name = one["overall"]["f1"], visible(one["second"])
+        kind = "even"
+        if away["low"] is not None and (away["low"] > 0 or away["high"] < 0):
+            kind = "better" if away["value"] > 0 else "worse"
+        words[kind].append(f"{name} ({shown_difference('f1', away)})")
+    sentences = []
+    if words["better"]:
+        sentences.append(f"Its F1 is higher than that of {', '.join(words['better'])}.")
+    if words["worse"]:
+        sentences.append(f"Its F1 is lower than that of {', '.join(words['worse'])}.")
+    if words["even"]:
+        sentences.append(f"No evidence of a difference in F1 from {', '.join(words['even'])}.")
+    return sentences
+
+
+def describe_gaps(metrics: dict[str, Any], model: dict[str, Any]) -> list[str]:
+    """Whether groups' error rates differ by more than chance, and which group stands out."""
+    sentences = []
+    for rate, gap in (model["bias"] or {"gaps": {}})["gaps"].items():
+        title, widest = title_of(rate), gap["max_min"]
+        if widest["value"] is None:
+            sentences.append(f"Gap of the {title}: undefined ({visible(widest['reason'])}).")
+            continue
+        size = shown_gap(widest, rate)
+        if not gap["significant"]:
+            sentences.append(
+                f"Gap of the {title} between groups: {size}; chance alone gives gaps of this size."
+            )
+            continue
+        out = [
+            f"{visible(group)} ({shown_difference(rate, one['vs_rest'], 'p_holm')} against the rest)"
+            for group, one in gap["groups"].items()
+            if one["significant"]
         ]
+        who = "; no single group stands out"
+        if out:
+            who = f"; {' and '.join(out)} {'stands' if len(out) == 1 else 'stand'} out"
+        sentences.append(f"Gap of the {title} between groups: {size}, more than chance gives{who}.")
+    return sentences
+
+
+def describe_undefined(metrics: dict[str, Any], model: dict[str, Any]) -> list[str]:
+    """What the report cannot say: empty and small cells, answers without label."""
+    empty, small = [], []
+    for group, figures in model["groups"].items():
+        if group == NO_TARGET:
+            continue
+        for rate in ("false_positive_rate", "false_negative_rate"):
+            n = figures[rate]["n"]
+            if n < metrics["min_denominator"]:
+                (small if n else empty).append(f"{visible(group)} {title_of(rate)} ({n} posts)")
+    sentences = []
+    if empty:
+        sentences.append(f"Undefined for want of posts: {', '.join(empty)}.")
+    if small:
+        sentences.append(f"Too few posts to conclude from: {', '.join(small)}.")
+    lost = model["overall"]["n_unparsed"]
+    if lost:
         sentences.append(
-            f"Its false positive rate is highest for {ends[0]} and lowest for {ends[1]}."
+            f"{lost} of {metrics['n']} answers have no label; rates leave them out, and the table "
+            "of answers without label shows what they would change."
         )
-    if metrics["answers"]:
-        lost = metrics["n"] - metrics["answers"]["overall"]["labelled"]
-        sentences.append(f"{lost} written answers have no label; they count as wrong.")
-    f1 = f"f1_{metrics['positive_label']}"
-    scores = [
-        f"{visible(one['name'])} {shown(one['overall'][f1])}"
-        for one in metrics["strategies"]
-        if one["overall"]
-    ]
-    return " ".join([*sentences, f"F1 of {positive}: {', '.join(scores)}."])
-
-
-def build_plots(metrics: dict[str, Any]) -> list[dict[str, Any]]:
-    """What the dot-and-whisker plots show: the model and TF-IDF in each target group."""
-    positive, negative = visible(metrics["positive_label"]), visible(metrics["negative"])
-    drawn = [
-        strategy
-        for strategy in metrics["strategies"]
-        if strategy["overall"] and not strategy["name"].startswith("always_")
-    ]
-    plots = []
-    for key, title, meaning in (
-        ("false_positive_rate", "False positive rate", f"{negative} posts taken for {positive}"),
-        ("false_negative_rate", "False negative rate", f"{positive} posts missed"),
-    ):
-        rows = []
-        for group in metrics["strategies"][0]["groups"]:
-            figures = [(one["kind"], one["groups"][group][key]) for one in drawn]
-            marks = [
-                {"kind": kind, "text": shown(figure).partition(" (")[0], **figure}
-                for kind, figure in figures
-            ]
-            rows.append({"name": visible(group, 22), "n": figures[0][1]["n"], "marks": marks})
-        plots.append(
-            {
-                "title": title,
-                "meaning": meaning,
-                "overall": drawn[0]["overall"][key]["value"],
-                "rows": rows,
-                "height": 12 + 17 * max(2, len(drawn)),
-                "names": [(one["kind"], visible(one["name"])) for one in drawn],
-            }
-        )
-    return plots
-
-
-def build_page(metrics: dict[str, Any], record: dict[str, Any]) -> dict[str, Any]:
-    """Everything that report.html and report.md say, as text that is safe to escape."""
-    subject = (record["adapter"] or record["base_model"])["repo"]
-    if record["base_only"]:
-        subject = f"{record['base_model']['repo']} without adapter"
-    groups = group_table(metrics, metrics["strategies"])
-    return {
-        "title": f"Error report: {visible(subject)}",
-        "subtitle": f"{visible(record['name'])} · {metrics['n']} posts · {record['created'][:10]}",
-        "lead": build_lead(metrics),
-        "overall": overall_table(metrics),
-        "groups": groups,
-        "answers": answer_table(metrics),
-        "plots": build_plots(metrics),
-        "positive": visible(metrics["positive_label"]),
-        "negative": visible(metrics["negative"]),
-        "limits": LIMITS,
-        "made": describe_run(metrics, record),
-    }
+    return sentences
 
 
 def describe_run(metrics: dict[str, Any], record: dict[str, Any]) -> list[tuple[str, str]]:
@@ -4205,32 +6732,47 @@ def describe_run(metrics: dict[str, Any], record: dict[str, Any]) -> list[tuple[
             f"{repo['repo']}@{repo['revision']}" if repo["revision"] else f"{repo['repo']} (folder)"
         )
 
-    file, prompt, rendering = record["test_file"], record["prompt"], record["rendering"]
-    scored = f"{file['file']}, SHA-256 {file['sha256']}" if file else f"split {record['split']}"
-    limits = f"{rendering['max_length']} tokens; {metrics['cut_posts']} posts cut to it"
     threshold = metrics["threshold"]
     rule = "the likeliest label"
     if threshold is not None:
-        rule = f"{metrics['positive_label']} from p = {threshold} on"
-    made = [
-        ("Adapter", pinned(record["adapter"]) + (" (not used)" if record["base_only"] else "")),
-        ("Base model", pinned(record["base_model"])),
-        ("Dataset", pinned(record["dataset"])),
-        ("Posts", scored),
-        (
-            "Prompt",
-            f"{prompt['name']}, dated {rendering['date']}" if prompt else "none (classifier)",
-        ),
+        rule = f"{metrics['positive_label']} from p = {threshold:.6g} on"
+    if record["profile"]:
+        rule += f" (profile {record['profile']['name']} of decisions.json)"
+    made: list[tuple[str, str]] = []
+    file = record["test_file"]
+    scored = f"{file['file']}, SHA-256 {file['sha256']}" if file else f"split {record['split']}"
+    if record["predictions"]:
+        file = record["predictions"]
+        made.append(("Predictions", f"{file['file']}, SHA-256 {file['sha256']}"))
+    else:
+        prompt, rendering = record["prompt"], record["rendering"]
+        made += [
+            ("Adapter", pinned(record["adapter"]) + (" (not used)" if record["base_only"] else "")),
+            ("Base model", pinned(record["base_model"])),
+            ("Dataset", pinned(record["dataset"])),
+            ("Posts", scored),
+            (
+                "Prompt",
+                f"{prompt['name']}, dated {rendering['date']}" if prompt else "none (classifier)",
+            ),
+            ("Length", f"{rendering['max_length']} tokens; {metrics['cut_posts']} posts cut to it"),
+            ("Computed on", f"{record['device']}, {record['dtype']}"),
+            ("Scores", describe_scoring(record["scoring"])),
+        ]
+    made += [
         ("Decision", rule),
-        ("Length", limits),
-        ("Computed on", f"{record['device']}, {record['dtype']}"),
-        ("Scores", describe_scoring(record["scoring"])),
+        (
+            "Intervals",
+            f"95 %; Wilson for rates and F1, Newcombe for a group against the rest, BCa bootstrap "
+            f"with {metrics['resamples']:,} resamples for all else; seed "
+            f"{record['arguments']['seed']}",
+        ),
         ("Script", f"{SCRIPT}, SHA-256 {record['script_sha256']}"),
         ("Packages", ", ".join(f"{name} {number}" for name, number in record["packages"].items())),
         ("Made", record["created"]),
         ("Command", repeat_command(record)),
     ]
-    return [(name, visible(value, 400)) for name, value in made]
+    return [(name, visible(value, 600)) for name, value in made]
 
 
 def describe_scoring(scoring: dict[str, Any]) -> str:
@@ -4258,64 +6800,259 @@ def repeat_command(record: dict[str, Any]) -> str:
         pinned = f"{repo['repo']}@{repo['revision']}" if repo["revision"] else f"./{repo['repo']}"
         words += [f"--{name}", pinned]
     left_out = {"config_file", "output_dir", "push", "fresh", "save_minutes", *named}
+    left_out |= {"space", "report_to", "card", *(["threshold"] if arguments["profile"] else [])}
     if "model_name_or_path" in named:
         left_out.add("model_revision")
     for name, value in arguments.items():
-        if name not in left_out and value != parser.get_default(name):
-            words += [f"--{name}", str(value).lower() if isinstance(value, bool) else str(value)]
+        if name in left_out or value in (parser.get_default(name), []):
+            continue
+        if isinstance(value, dict):
+            value = json.dumps(value)
+        listed = value if isinstance(value, list) else [value]
+        words += [
+            f"--{name}",
+            *(str(one).lower() if one in (True, False) else str(one) for one in listed),
+        ]
     return shlex.join(words)
 
 
-def build_markdown(page: dict[str, Any]) -> str:
-    """report.md: the same as report.html without the plots."""
+def build_page(
+    metrics: dict[str, Any],
+    record: dict[str, Any],
+    sample: Sample,
+    errors: list[dict[str, Any]],
+) -> dict[str, Any]:
+    """Everything that report.html and report.md say, as text that is safe to escape."""
+    if record["predictions"]:
+        subject = record["predictions"]["file"]
+    else:
+        subject = (record["adapter"] or record["base_model"])["repo"]
+        if record["base_only"]:
+            subject = f"{subject} without adapter"
+    plots = draw(build_plots(metrics, sample))
+    return {
+        "title": f"Bias report: {visible(subject)}",
+        "subtitle": f"{visible(record['name'])} · {metrics['n']} posts · {record['created'][:10]}",
+        "verdict": build_verdict(metrics),
+        "gates": gate_table(metrics),
+        "overall": overall_table(metrics),
+        "comparison": comparison_table(metrics),
+        "groups": group_table(metrics, metrics["strategies"]),
+        "gaps": gap_table(metrics),
+        "bias_auc": bias_auc_table(metrics),
+        "sections": build_sections(metrics),
+        "plots": plots,
+        "errors": [describe_error(one, metrics["positive_label"]) for one in errors],
+        "positive": visible(metrics["positive_label"]),
+        "negative": visible(metrics["negative"]),
+        "min_denominator": metrics["min_denominator"],
+        "limits": LIMITS,
+        "made": describe_run(metrics, record),
+    }
 
-    def table(rows: list[list[str]]) -> list[str]:
-        lines = [f"| {' | '.join(markdown_cell(cell) for cell in row)} |" for row in rows]
-        return [lines[0], f"|{' --- |' * len(rows[0])}", *lines[1:], ""]
 
-    return "\n".join(
-        [
-            f"# {markdown_cell(page['title'])}",
-            "",
-            markdown_cell(page["subtitle"]),
-            "",
-            markdown_cell(page["lead"]),
-            "",
-            "## All posts",
-            "",
-            *table(page["overall"]),
-            "## By target group",
-            "",
-            *table(page["groups"]),
-            *(["Written answers:", "", *table(page["answers"])] if page["answers"] else []),
-            "Brackets hold 95 % intervals (Wilson).",
-            "",
-            "## What these figures do not say",
-            "",
-            *(f"- {limit}" for limit in page["limits"]),
-            "",
-            "## How they were made",
-            "",
-            *table([["", ""], *map(list, page["made"])]),
-        ]
+def build_sections(metrics: dict[str, Any]) -> list[dict[str, Any]]:
+    """The further tables, each with a title and what it says; those without rows are left out."""
+    people = metrics["people"] or {}
+    away = people.get("away", {}).get("accuracy")
+    sections = [
+        (
+            "Answers without label",
+            "Rates leave them out; below, each case counts them in another way. The truth lies "
+            "between the last two.",
+            unparsed_table(metrics),
+        ),
+        (
+            "Written answers",
+            "ok: a label in the prompt's form. unparsed: none. truncated: no end within the "
+            "allowed tokens; a label that already stands there is read.",
+            answer_table(metrics),
+        ),
+        (
+            "Further figures over all posts",
+            "ECE in bins of equally many posts; it is biased upwards where posts are few.",
+            further_table(metrics),
+        ),
+        *(
+            (f"By {name}", "Kinds of posts differ in more than this one column.", rows)
+            for name, rows in slice_tables(metrics)
+        ),
+        (
+            "Evasion",
+            "Posts of the positive label, changed as people change them to pass a filter; recall "
+            "of the same posts before and after.",
+            evasion_table(metrics),
+        ),
+        (
+            "Identity swaps",
+            swap_words(metrics),
+            swap_table(metrics),
+        ),
+        (
+            "Contrast pairs of the functional tests",
+            "A case and its minimal opposite: both decided rightly, and p higher for the "
+            f"{visible(metrics['positive_label'])} one.",
+            contrast_table(metrics),
+        ),
+        (
+            "At the prevalence of real life",
+            "What the same error rates mean where few posts are positive. Intervals put both "
+            "rates at their unfavourable ends together.",
+            prevalence_table(metrics),
+        ),
+        (
+            "Offensive posts under three rules",
+            "The same predictions; only the label of offensive posts changes.",
+            offensive_table(metrics),
+        ),
+        (
+            "Against people",
+            "Each annotator's vote against the majority of the post's others, and the model "
+            "against the same majorities."
+            + (
+                f" Model less annotator, accuracy: {shown_difference('accuracy', away)}."
+                if away
+                else ""
+            ),
+            human_table(metrics),
+        ),
+    ]
+    return [
+        {"title": title, "words": words, "rows": rows} for title, words, rows in sections if rows
+    ]
+
+
+def list_errors(posts: list[dict[str, Any]], task: Task, with_text: bool) -> list[dict[str, Any]]:
+    """The wrongly decided posts, the most confident first; with their text only where asked for.
+
+    Confidence is the probability of the given answer; answers without probability come last, in
+    the posts' order.
+    """
+    errors = []
+    for post in posts:
+        if post["prediction"] == post["label"] or post["prediction"] is None:
+            continue
+        p = (post["probabilities"] or {}).get(task.positive)
+        confidence = None
+        if p is not None:
+            confidence = p if post["prediction"] == task.positive else 1 - p
+        kind = "other"
+        if task.positive in (post["label"], post["prediction"]):
+            kind = "false negative" if post["label"] == task.positive else "false positive"
+        errors.append(
+            {
+                "id": post["id"],
+                "error": kind,
+                "label": post["label"],
+                "prediction": post["prediction"],
+                f"p_{task.positive}": p,
+                "confidence": confidence,
+                "target_groups": "|".join(post["target_groups"]),
+                "near_tie": str(post["near_tie"]).lower(),
+            }
+            | ({"text": post["text"] or ""} if with_text else {})
+        )
+    return sorted(
+        errors, key=lambda row: -1 if row["confidence"] is None else row["confidence"], reverse=True
     )
 
 
-def print_summary(metrics: dict[str, Any]) -> None:
-    """Print the figures over all posts and per target group as aligned tables."""
+def describe_error(error: dict[str, Any], positive: str) -> dict[str, str]:
+    """An error as the page lists it: a line about it, and its text where there is one."""
+    p = error[f"p_{positive}"]
+    parts = [f"{error['error']}, labelled {visible(error['label'])}"]
+    parts += [] if p is None else [f"p {p:.3f}"]
+    parts += [visible(error["target_groups"])] if error["target_groups"] else []
+    line = {"line": f"{visible(error['id'])}: {', '.join(parts)}"}
+    return line | ({"text": visible(error["text"], 5000)} if "text" in error else {})
+
+
+def text_table(rows: list[list[str]]) -> list[str]:
+    """Rows as lines whose columns stand below each other."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    return [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    ]
+
+
+def build_text(metrics: dict[str, Any]) -> str:
+    """evaluation_report.txt, and what is printed at the end: the verdict and the main tables.
+
+    What is undefined has its reason below the tables, so that the columns stay narrow.
+    """
     learned = [one for one in metrics["strategies"] if not one["name"].startswith("always_")]
-    for rows in (overall_table(metrics), group_table(metrics, learned)):
-        widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-        print()
-        for row in rows:
-            cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
-            print("  ".join(cells).rstrip())
-    print("\n[low, high]: 95 % interval (Wilson)\n", flush=True)
+    parts = [
+        ("", overall_table(metrics)),
+        ("", group_table(metrics, learned)),
+        ("Against the rest of the posts", gap_table(metrics)),
+        ("Gates", gate_table(metrics)),
+    ]
+    lines, reasons = [], []
+    for title, rows in parts:
+        for row in rows[1:]:
+            reasons += [f"{row[0]}: {cell}" for cell in row if cell.startswith("undefined (")]
+        short = [[re.sub(r"^undefined \(.*", "undefined", cell) for cell in row] for row in rows]
+        if rows:
+            lines += ["", *([title] if title else []), *text_table(short)]
+    lines += ["", *(f"* {sentence}" for sentence in build_verdict(metrics))]
+    lines += [f"* {reason}" for reason in dict.fromkeys(reasons)]
+    lines += ["", "[low, high]: 95 % interval. p: corrected for all tests of its table (Holm)."]
+    return "\n".join(lines) + "\n"
+
+
+def print_summary(metrics: dict[str, Any]) -> None:
+    """Print the figures over all posts and per target group, and what they say."""
+    print(build_text(metrics), flush=True)
+
+
+def build_markdown(page: dict[str, Any]) -> str:
+    """report.md: the same as report.html without the plots and without the list of errors."""
+    lines = [f"# {markdown_cell(page['title'])}", "", markdown_cell(page["subtitle"]), ""]
+    lines += [*(f"- {markdown_cell(sentence)}" for sentence in page["verdict"]), ""]
+    parts = [
+        ("Gates", "", page["gates"]),
+        ("By target group", "", page["groups"]),
+        ("Against the rest of the posts", "", page["gaps"]),
+        ("All posts", "", page["overall"]),
+        ("Compared on the same posts", "", page["comparison"]),
+        ("Ranking within and between groups", "", page["bias_auc"]),
+        *((one["title"], one["words"], one["rows"]) for one in page["sections"]),
+    ]
+    for title, words, rows in parts:
+        if rows:
+            lines += [
+                f"## {markdown_cell(title)}",
+                "",
+                *([markdown_cell(words), ""] if words else []),
+            ]
+            lines += markdown_table(rows)
+    lines += ["Brackets hold 95 % intervals.", "", "## What these figures do not say", ""]
+    lines += [f"- {limit}" for limit in page["limits"]]
+    lines += ["", "## How they were made", ""]
+    return "\n".join([*lines, *markdown_table([["", ""], *map(list, page["made"])])])
+
+
+def markdown_table(rows: list[list[str]]) -> list[str]:
+    """A Markdown table of cells that are made safe, and an empty line."""
+    lines = [f"| {' | '.join(markdown_cell(cell) for cell in row)} |" for row in rows]
+    return [lines[0], f"|{' --- |' * len(rows[0])}", *lines[1:], ""]
 
 
 PAGE = """{% macro figure(cell) -%}
-<td{% if cell.startswith("undefined") %} class="undefined"{% endif %}>{{ cell }}</td>
+{% set dim = cell.startswith("undefined") or cell.startswith("insufficient") %}
+<td{% if dim %} class="undefined"{% endif %}>{{ cell }}</td>
 {%- endmacro %}
+{% macro table(rows, first_is_model=false) %}
+<div class="scroll" tabindex="0" role="group" aria-label="table"><table class="figures">
+<thead><tr>{% for cell in rows[0] %}<th scope="col">{{ cell }}</th>{% endfor %}</tr></thead>
+<tbody>
+{% for row in rows[1:] %}
+<tr{% if first_is_model and loop.first %} class="model"{% endif %}><th scope="row">{{ row[0] }}</th>
+{%- for cell in row[1:] %}{{ figure(cell) }}{% endfor %}</tr>
+{% endfor %}
+</tbody></table></div>
+{% endmacro %}
 <!doctype html>
 <html lang="en">
 <head>
@@ -4325,23 +7062,27 @@ PAGE = """{% macro figure(cell) -%}
 <title>{{ title }}</title>
 <style>
 :root { color-scheme: light dark; --paper: #fff; --ink: #1c2127; --soft: #57606a; --line: #d5dae0;
-  --band: #f4f6f8; --model: #0a5bb0; --other: #8a5a00;
-  --compared: #6b3fa0; --base: #00655a; }
+  --band: #f4f6f8; --model: #0a5bb0; --baseline: #8a5a00; --compared: #6b3fa0; --base: #00655a;
+  --against: #a3195b; --bad: #a1260d; }
 @media (prefers-color-scheme: dark) { :root { --paper: #14181d; --ink: #e4e8ec; --soft: #a0abb6;
-  --line: #343c45; --band: #1c2229; --model: #74b3ff; --other: #dca94f;
-  --compared: #c9a3ff; --base: #5fd3c0; } }
+  --line: #343c45; --band: #1c2229; --model: #74b3ff; --baseline: #dca94f; --compared: #c9a3ff;
+  --base: #5fd3c0; --against: #ff9ac6; --bad: #ff9b85; } }
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--paper); color: var(--ink);
   font: 16px/1.5 system-ui, "Segoe UI", Roboto, sans-serif; }
-main { max-width: 70rem; margin: 0 auto; padding: 2.5rem 1.25rem 4rem; }
+main { max-width: 72rem; margin: 0 auto; padding: 2.5rem 1.25rem 4rem; }
 h1 { margin: 0; font-size: 1.7rem; line-height: 1.25; overflow-wrap: anywhere; }
 h2 { margin: 2.75rem 0 .75rem; font-size: 1.2rem; }
 h3 { margin: 0; font-size: 1rem; }
 p { max-width: 46rem; margin: .5rem 0; }
+a { color: var(--model); }
 .soft { color: var(--soft); font-size: .9rem; }
-.lead { margin: 1.25rem 0 0; padding-left: 1rem; border-left: 3px solid var(--model);
-  font-size: 1.08rem; }
+.verdict { margin: 1.25rem 0 0; padding: .9rem 1.1rem; border: 1px solid var(--line);
+  border-left: 4px solid var(--model); background: var(--band); }
+.verdict ul { margin: 0; padding-left: 1.1rem; }
+.verdict li { max-width: 60rem; }
 .scroll { overflow-x: auto; }
+:focus-visible { outline: 2px solid var(--model); outline-offset: 2px; }
 table { width: 100%; border-collapse: collapse; font-size: .88rem;
   font-variant-numeric: tabular-nums; }
 th, td { padding: .4rem .9rem .4rem 0; border-bottom: 1px solid var(--line); text-align: left;
@@ -4354,89 +7095,47 @@ tbody th { font-weight: 600; }
 tr.first td, tr.first th { border-top: 2px solid var(--line); }
 .made th { width: 9rem; color: var(--soft); }
 .made td { overflow-wrap: anywhere; }
-.plots { display: grid; gap: 2rem; margin: 1.25rem 0 1.75rem;
-  grid-template-columns: repeat(auto-fit, minmax(26rem, 1fr)); }
+.fails { color: var(--bad); font-weight: 600; }
+.plots { display: grid; gap: 2rem 2.5rem; margin: 1.25rem 0 1.75rem;
+  grid-template-columns: repeat(auto-fit, minmax(min(26rem, 100%), 1fr)); }
 figure { margin: 0; overflow-x: auto; }
-svg { display: block; width: 100%; min-width: 24rem; height: auto; }
-svg text { fill: var(--ink); font-size: 13px; }
-svg .faint { fill: var(--soft); font-size: 11.5px; }
-svg .grid { stroke: var(--line); }
-svg .whole { stroke: var(--model); stroke-dasharray: 4 3; opacity: .7; }
-svg .model { stroke: var(--model); fill: var(--model); stroke-width: 2; }
-svg .baseline { stroke: var(--other); fill: var(--paper); stroke-width: 2; }
-svg .compared { stroke: var(--compared); fill: var(--paper); stroke-width: 2; }
-svg .base { stroke: var(--base); fill: var(--paper); stroke-width: 2; }
-.key { margin-right: 1rem; white-space: nowrap; }
-.key::before { content: ""; display: inline-block; width: .65em; height: .65em;
-  margin-right: .35em; border: 2px solid; border-radius: 50%; }
-.key.model { color: var(--model); }
-.key.baseline { color: var(--other); }
-.key.compared { color: var(--compared); }
-.key.base { color: var(--base); }
-.key.model::before { background: var(--model); }
+figure.wide { grid-column: 1 / -1; }
+svg { display: block; width: 100%; min-width: 20rem; max-width: 46rem; height: auto; }
+svg text { font-family: system-ui, "Segoe UI", Roboto, sans-serif; }
+details { margin: .25rem 0; }
+summary { cursor: pointer; }
+details p { margin: .4rem 0 .4rem 1rem; overflow-wrap: anywhere; white-space: pre-wrap; }
 li { max-width: 46rem; margin: .35rem 0; }
-@media print { main { padding: 0; } .plots, tr { break-inside: avoid; } }
-@media (max-width: 34rem) { .plots { grid-template-columns: 1fr; } h1 { font-size: 1.35rem; } }
+@media print { main { padding: 0; max-width: none; } .plots, tr { break-inside: avoid; }
+  .scroll, figure { overflow: visible; } table { font-size: .72rem; }
+  .figures td, .figures th { white-space: normal; } }
+@media (max-width: 34rem) { h1 { font-size: 1.35rem; } main { padding: 1.5rem 1rem 3rem; } }
 </style>
 </head>
 <body>
 <main>
 <h1>{{ title }}</h1>
 <p class="soft">{{ subtitle }}</p>
-<p class="lead">{{ lead }}</p>
-
-<h2>All posts</h2>
+<div class="verdict"><ul>
+{% for sentence in verdict %}
+<li>{{ sentence }}</li>
+{% endfor %}
+</ul></div>
+{% if gates %}
+<h2>Gates</h2>
 <div class="scroll"><table class="figures">
-<thead><tr>{% for cell in overall[0] %}<th scope="col">{{ cell }}</th>{% endfor %}</tr></thead>
+<thead><tr>{% for cell in gates[0] %}<th scope="col">{{ cell }}</th>{% endfor %}</tr></thead>
 <tbody>
-{% for row in overall[1:] %}
-<tr{% if loop.first %} class="model"{% endif %}><th scope="row">{{ row[0] }}</th>
-{%- for cell in row[1:] %}{{ figure(cell) }}{% endfor %}</tr>
+{% for row in gates[1:] %}
+<tr><th scope="row">{{ row[0] }}</th>{% for cell in row[1:] %}
+<td{% if cell.startswith("FAILS") %} class="fails"{% endif %}>{{ cell }}</td>{% endfor %}</tr>
 {% endfor %}
 </tbody></table></div>
-<p class="soft">In brackets: 95 % interval (Wilson). The first row is the evaluated model; below it
-stand what it was asked to be compared with (its own label scores, its base without adapter),
-answer-all baselines, and logistic regression on words fitted to the train split.</p>
+{% endif %}
 
 <h2>By target group</h2>
-<p class="soft">Dots are rates, whiskers their 95 % intervals; the dashed line is the model's rate
-over all posts.
-{% for kind, name in plots[0].names %}<span class="key {{ kind }}">
-{{- name }}</span>{% endfor %}</p>
-<div class="plots">
-{% for plot in plots %}
-<figure>
-<h3>{{ plot.title }}</h3><p class="soft">{{ plot.meaning }}</p>
-{% set bottom = 30 + plot.height * plot.rows | length %}
-<svg viewBox="0 0 520 {{ bottom + 24 }}" role="img" aria-label="{{ plot.title }} per target group">
-{% for tick in (0, 25, 50, 75, 100) %}
-{% set x = 130 + 2.2 * tick %}
-<line class="grid" x1="{{ x }}" x2="{{ x }}" y1="14" y2="{{ bottom }}"/>
-<text class="faint" x="{{ x }}" y="{{ bottom + 16 }}" text-anchor="middle">{{ tick }} %</text>
-{% endfor %}
-{% if plot.overall is not none %}
-{% set x = (130 + 220 * plot.overall) | round(1) %}
-<line class="whole" x1="{{ x }}" x2="{{ x }}" y1="14" y2="{{ bottom }}"/>
-{% endif %}
-{% for row in plot.rows %}
-{% set top = 18 + plot.height * loop.index0 %}
-<text x="0" y="{{ top + 16 }}">{{ row.name }}</text>
-<text class="faint" x="0" y="{{ top + 31 }}">{{ row.n }} posts</text>
-{% for mark in row.marks %}
-{% set y = top + 11 + 17 * loop.index0 %}
-{% if mark.value is not none %}
-<line class="{{ mark.kind }}" x1="{{ (130 + 220 * mark.low) | round(1) }}" x2="
-{{- (130 + 220 * mark.high) | round(1) }}" y1="{{ y }}" y2="{{ y }}"/>
-<circle class="{{ mark.kind }}" cx="{{ (130 + 220 * mark.value) | round(1) }}" cy="{{ y }}" r="4"/>
-{% endif %}
-<text class="faint" x="366" y="{{ y + 4 }}">{{ mark.text }}</text>
-{% endfor %}
-{% endfor %}
-</svg>
-</figure>
-{% endfor %}
-</div>
-<div class="scroll"><table class="figures">
+<div class="scroll" tabindex="0" role="group" aria-label="figures by target group">
+<table class="figures">
 <thead><tr>{% for cell in groups[0] %}<th scope="col">{{ cell }}</th>{% endfor %}</tr></thead>
 <tbody>
 {% for row in groups[1:] %}
@@ -4448,21 +7147,63 @@ over all posts.
 </tbody></table></div>
 <p class="soft">False positive rate: share of the {{ negative }} posts that are taken for
 {{ positive }}. False negative rate: share of the {{ positive }} posts that are missed. Precision:
-share of the posts taken for {{ positive }} that are.</p>
+share of the posts taken for {{ positive }} that are. In brackets: 95 % interval. The first row of a
+group is the evaluated model. A rate of fewer than {{ min_denominator }} posts is called
+insufficient.</p>
 
-{% if answers %}
-<h2>Written answers</h2>
-<div class="scroll"><table class="figures">
-<thead><tr>{% for cell in answers[0] %}<th scope="col">{{ cell }}</th>{% endfor %}</tr></thead>
-<tbody>
-{% for row in answers[1:] %}
-<tr><th scope="row">{{ row[0] }}</th>
-{%- for cell in row[1:] %}<td>{{ cell }}</td>{% endfor %}</tr>
+{% if gaps %}
+<h2>Are the groups treated alike?</h2>
+{{ table(gaps) }}
+<p class="soft">Each group against all posts outside it, and the largest difference between two
+groups; p is the share of random deals of the same errors that give as much (10,000 permutations
+within a true label), corrected for all tests (Holm). A group stands out only where the largest
+gap is more than chance, too. The gap's interval begins at 0 where chance explains it.</p>
+{% endif %}
+
+<h2>Plots</h2>
+<div class="plots">
+{% for plot in plots %}
+<figure>
+<h3>{{ plot.title }}</h3><p class="soft">{{ plot.words }}</p>
+{{ plot.svg | safe }}
+</figure>
 {% endfor %}
-</tbody></table></div>
-<p class="soft">ok: a label in the prompt's form. unparsed: none. truncated: no end within the
-allowed tokens; a label that already stands there is read. An answer without label counts as
-wrong.</p>
+</div>
+
+<h2>All posts</h2>
+{{ table(overall, true) }}
+{% if comparison %}
+<h3>Compared on the same posts</h3>
+{{ table(comparison) }}
+<p class="soft">The model's figure less the other's, from the same resamples of the posts; p of the
+accuracy: exact McNemar test. An answer without label counts as wrong.</p>
+{% endif %}
+{% if bias_auc %}
+<h2>Ranking within and between groups</h2>
+{{ table(bias_auc) }}
+<p class="soft">BPSN: {{ positive }} posts of the rest against {{ negative }} posts of the group;
+low where harmless posts about the group score high. BNSP: the other way round (Borkan et al.
+2019).</p>
+{% endif %}
+
+{% for section in sections %}
+<h2>{{ section.title }}</h2>
+{{ table(section.rows) }}
+<p class="soft">{{ section.words }}</p>
+{% endfor %}
+
+{% if errors %}
+<h2>Errors</h2>
+<p class="soft">The {{ errors | length }} most confident of {{ all_errors }}; errors.csv has all.
+{% if errors[0].text is defined %}Posts are offensive; each is shown when it is opened.{% else %}
+Posts are named by id only.{% endif %}</p>
+{% for error in errors %}
+{% if error.text is defined %}
+<details><summary>{{ error.line }}</summary><p>{{ error.text }}</p></details>
+{% else %}
+<p class="soft">{{ error.line }}</p>
+{% endif %}
+{% endfor %}
 {% endif %}
 
 <h2>What these figures do not say</h2>
@@ -4478,6 +7219,202 @@ wrong.</p>
 </body>
 </html>
 """
+
+
+# --- model card ------------------------------------------------------------------------------
+
+CARD_BEGIN, CARD_END = "<!-- evaluation: begin -->", "<!-- evaluation: end -->"
+# What only people can say of a detector; --card_fields fills it in.
+CARD_FIELDS = {
+    "intended_use": "Intended use",
+    "out_of_scope_use": "Out-of-scope use",
+    "label_definition": "What the positive label means",
+    "languages": "Languages",
+    "annotators": "Who annotated the posts",
+    "contact": "Contact",
+}
+
+
+def read_card_fields(path: str | None) -> dict[str, str]:
+    """The fields of the model card that people fill in, from a JSON or YAML file."""
+    if path is None:
+        return {}
+    fields = read_settings(path)
+    unknown = [name for name in fields if name not in CARD_FIELDS]
+    if unknown:
+        fail(
+            f"--card_fields {path} has the unknown field {unknown[0]!r}. The fields are: "
+            f"{', '.join(CARD_FIELDS)}."
+        )
+    return {name: str(value) for name, value in fields.items() if value not in (None, "")}
+
+
+def build_card_section(
+    metrics: dict[str, Any], record: dict[str, Any], fields: dict[str, str]
+) -> str:
+    """The model card's section on this evaluation, between its markers, without any post."""
+    learned = [one for one in metrics["strategies"] if not one["name"].startswith("always_")]
+    data = record["dataset"] or record["test_file"]
+    source = "not stated"
+    if data:
+        source = data.get("repo") or data["file"]
+        source += f"@{data['revision']}" if data.get("revision") else ""
+    lines = [CARD_BEGIN, "## Evaluation", ""]
+    lines += [
+        markdown_cell(
+            f"{metrics['n']} posts of {source}, {record['name']}, {record['created'][:10]}; files "
+            f"in eval/{record['name']}/."
+        ),
+        "",
+    ]
+    lines += [*(f"- {markdown_cell(sentence)}" for sentence in build_verdict(metrics)), ""]
+    lines += markdown_table(overall_table(metrics))
+    lines += markdown_table(group_table(metrics, learned))
+    least = metrics["min_denominator"]
+    lines += [
+        "Brackets hold 95 % intervals. False positive rate: share of the "
+        f"{markdown_cell(metrics['negative'])} posts taken for "
+        f"{markdown_cell(metrics['positive_label'])}. A rate of fewer than {least} posts is called "
+        "insufficient. A post aimed at several groups counts in each; no_target are the posts "
+        "aimed at none.",
+        "",
+        "| | |",
+        "| --- | --- |",
+    ]
+    lines += [
+        f"| {title} | {markdown_cell(fields.get(name, 'not stated'))} |"
+        for name, title in CARD_FIELDS.items()
+    ]
+    lines += ["", "Limits:", "", *(f"- {limit}" for limit in LIMITS), CARD_END]
+    return "\n".join(lines)
+
+
+def update_card(text: str, section: str, metrics: dict[str, Any], record: dict[str, Any]) -> str:
+    """A model card with this evaluation's section and results in place of an earlier one's.
+
+    Everything else of the card stays as it is, results of others in its model-index too.
+    """
+    from huggingface_hub import EvalResult, ModelCard
+
+    begin, end = text.find(CARD_BEGIN), text.find(CARD_END)
+    if 0 <= begin < end:
+        text = text[:begin] + section + text[end + len(CARD_END) :]
+    else:
+        text = f"{text.rstrip()}\n\n{section}\n"
+    card = ModelCard(text, ignore_metadata_errors=True)
+    data = record["dataset"] or {}
+    name = data.get("repo") or (record["test_file"] or {}).get("file") or record["name"]
+    figures = metrics["strategies"][0]["overall"]
+    kinds = {"accuracy": "accuracy", f1_name(metrics): "f1", "f1_macro": "f1", "roc_auc": "roc_auc"}
+    kinds |= {"false_positive_rate": "fpr", "false_negative_rate": "fnr"}
+    results = [
+        EvalResult(
+            task_type="text-classification",
+            dataset_type=name,
+            dataset_name=f"{name} ({record['name']})",
+            dataset_split=record["split"],
+            dataset_revision=data.get("revision"),
+            metric_type=kind,
+            metric_name=title_of(key),
+            metric_value=round(figures[key]["value"], 4),
+        )
+        for key, kind in kinds.items()
+        if figures[key]["value"] is not None
+    ]
+    kept = [
+        one for one in card.data.eval_results or [] if one.dataset_name != results[0].dataset_name
+    ]
+    card.data.eval_results = kept + results
+    if not card.data.model_name:
+        card.data.model_name = (record["adapter"] or {"repo": "detector"})["repo"].split("/")[-1]
+    return str(card)
+
+
+# --- loggers and Space -----------------------------------------------------------------------
+
+
+def log_to_wandb(
+    args: argparse.Namespace,
+    folder: Path,
+    metrics: dict[str, Any],
+    record: dict[str, Any],
+    posts: list[dict[str, Any]],
+) -> None:
+    """Log figures, the group table and the report to W&B, in the training's run where it is known.
+
+    No failure here ends the evaluation. Posts go there only with --log_text.
+    """
+    import wandb
+
+    for name, value in {
+        "WANDB_PROJECT": "hate-speech-detector",
+        "WANDB_CONSOLE": "off",
+        "WANDB_DISABLE_GIT": "true",
+        "WANDB__DISABLE_META": "true",
+        "WANDB_PROGRAM": SCRIPT,
+        "WANDB_ERROR_REPORTING": "false",
+        "WANDB_INIT_TIMEOUT": "30",
+    }.items():
+        os.environ.setdefault(name, value)
+    known = (record["training"] or {}).get("wandb_run_id")
+    options = {"id": known, "resume": "allow"} if known else {"name": f"eval-{record['name']}"}
+    prefix = f"eval/{record['name']}"
+    values: dict[str, Any] = {
+        f"{prefix}/{key}": figure["value"]
+        for key, figure in metrics["strategies"][0]["overall"].items()
+        if isinstance(figure, dict) and figure.get("value") is not None
+    }
+    for group, figures in metrics["strategies"][0]["groups"].items():
+        for key in ("false_positive_rate", "false_negative_rate", "roc_auc"):
+            if figures[key]["value"] is not None:
+                values[f"{prefix}/{group}/{key}"] = figures[key]["value"]
+    try:
+        if wandb.setup().settings.mode == "online" and not wandb.login(prompt=False, verify=False):
+            options["mode"] = "offline"
+        run = wandb.init(config={"evaluation": record["arguments"]}, **options)
+        rows = group_table(metrics, metrics["strategies"])
+        values[f"{prefix}/groups"] = wandb.Table(columns=rows[0], data=rows[1:])
+        page = (folder / "report.html").read_text(encoding="utf-8")
+        values[f"{prefix}/report"] = wandb.Html(page, inject=False)
+        if args.log_text:
+            names = ("id", "label", "prediction", "text")
+            table = [[post[name] for name in names] for post in posts]
+            values[f"{prefix}/predictions"] = wandb.Table(columns=list(names), data=table)
+        run.log(values)
+        run.finish()
+    except Exception as error:
+        print(f"W&B has no log of this evaluation: {error}".splitlines()[0], flush=True)
+        return
+    print(f"W&B: logged to run {run.id}", flush=True)
+
+
+def check_space(args: argparse.Namespace) -> None:
+    """Create the private Space where it is missing; end on one that holds other things."""
+    from huggingface_hub import HfApi
+
+    api, name = HfApi(), args.space
+    with hub_errors(f"write to the Space {name}"):
+        api.create_repo(name, repo_type="space", space_sdk="static", private=True, exist_ok=True)
+        info = api.repo_info(name, repo_type="space")
+    if not info.private and not args.allow_public:
+        fail(f"the Space {name} is public. Make it private, or say --allow_public true.")
+    files = {file.rfilename for file in info.siblings or []}
+    if files - {".gitattributes", "README.md", "index.html", "style.css"}:
+        fail(f"the Space {name} holds files of something else. Name another one.")
+
+
+def push_space(name: str, folder: Path, title: str) -> None:
+    """Publish the report as the Space's only page."""
+    from huggingface_hub import CommitOperationAdd
+
+    front = f"---\ntitle: {json.dumps(title)}\nsdk: static\npinned: false\n---\n"
+    operations = [
+        CommitOperationAdd("index.html", path_or_fileobj=folder / "report.html"),
+        CommitOperationAdd("README.md", path_or_fileobj=front.encode()),
+    ]
+    with hub_errors(f"publish the report in {name}"):
+        made = commit(name, "space", operations, title)
+    print(f"published: Space {name}@{made} (private)", flush=True)
 
 
 # --- shared: the same text in every script that has it ---------------------------------------
