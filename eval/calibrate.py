@@ -85,9 +85,9 @@ GROUP_CUTS_REASON = (
     "unlawful; and a group's own cut-off rests on few posts, so much of it is noise."
 )
 GROUP_CUTS_METHOD = (
-    "Each group gets the cut-off whose false-positive rate on fit posts is nearest to a common "
-    "one; the common one is that of the best balanced accuracy. A post of several groups gets the "
-    "highest of their cut-offs, one of no such group the profile's threshold."
+    "Each group gets the cut-off whose false-positive rate on its fit posts is nearest to the one "
+    "that the profile's threshold has on all of them. A post of several groups gets the highest of "
+    "their cut-offs, one of no such group the profile's threshold."
 )
 
 
@@ -674,28 +674,20 @@ def groups_with_both(posts: Scored) -> list[str]:
 def fit_group_cuts(
     p: Any, truth: Any, members: dict[str, Any], groups: list[str], threshold: float
 ) -> dict[str, float]:
-    """A cut-off for each of these groups, all of about the same false-positive rate.
+    """A cut-off for each of these groups, all of about the false-positive rate of the threshold.
 
-    The common rate is the one of the best balanced accuracy over all posts.
+    So the groups become equal and about as many posts are flagged wrongly as before.
     """
     import numpy as np
 
-    cuts, rates = {}, {}
+    common = float((p[~truth] >= threshold).mean())
+    found = {}
     for group in groups:
         inside = members[group]
-        cuts[group] = candidate_cuts(p[inside])
-        tables = cut_tables(cuts[group], p[inside], truth[inside])
-        rates[group] = count_figures(tables, 1)["false_positive_rate"]
-    targets = np.unique(np.concatenate(list(rates.values())))
-    if len(targets) > 200:
-        targets = np.quantile(targets, np.linspace(0, 1, 200))
-    best, found = -1.0, {}
-    for target in targets:
-        tried = {group: best_cut(cuts[group], -np.abs(rates[group] - target)) for group in groups}
-        flagged = p >= cut_of_posts(members, tried, threshold, len(p))
-        balanced = (flagged[truth].mean() + (~flagged[~truth]).mean()) / 2
-        if balanced > best + 1e-12:
-            best, found = balanced, tried
+        cuts = candidate_cuts(p[inside])
+        tables = cut_tables(cuts, p[inside], truth[inside])
+        rates = count_figures(tables, 1)["false_positive_rate"]
+        found[group] = best_cut(cuts, -np.abs(rates - common))
     return found
 
 
@@ -729,17 +721,10 @@ def measure(posts: Scored, answers: dict[str, tuple[Any, Any]], seed: int) -> di
             for key in ("balanced_accuracy", "ece"):
                 add_interval(figures[key], found.get((way, place, key), {"low": None}))
         groups = {place: figures for place, figures in places.items() if place != "overall"}
-        gaps = {}
-        for rate in ("false_positive_rate", "false_negative_rate"):
-            enough, left_out = comparable(groups, rate)
-            values = [groups[group][rate]["value"] for group in enough]
-            gap = number(
-                max(values) - min(values) if len(values) > 1 else None,
-                sum(groups[group][rate]["n"] for group in enough),
-                f"fewer than two groups with {MIN_DENOMINATOR} posts",
-            )
-            add_interval(gap, found.get((way, "gap", rate), {"low": None}))
-            gaps[rate] = gap | {"groups": enough, "left_out": left_out}
+        gaps = {
+            rate: build_group_gap(posts, groups, flagged, rate, seed)
+            for rate in ("false_positive_rate", "false_negative_rate")
+        }
         measured[way] = {"overall": places["overall"], "groups": groups, "gap": gaps}
     measured["change"] = {
         key: found["change", "overall", key]
@@ -747,6 +732,40 @@ def measure(posts: Scored, answers: dict[str, tuple[Any, Any]], seed: int) -> di
         if ("change", "overall", key) in found
     }
     return measured
+
+
+def build_group_gap(
+    posts: Scored, groups: dict[str, Any], flagged: Any, rate: str, seed: int
+) -> dict[str, Any]:
+    """The largest difference between groups in an error rate, with a permutation p-value.
+
+    `high` is the largest upper end of the pairs' score intervals (Newcombe 1998, method 10), which
+    bounds the true gap because one of the pairs is the true extreme one. `low` is 0 unless p says
+    that there is a difference. A post of two groups counts in both, which widens the interval.
+    """
+    import numpy as np
+
+    enough, left_out = comparable(groups, rate)
+    some = [groups[group][rate] for group in enough]
+    reason = f"fewer than two groups with {MIN_DENOMINATOR} posts"
+    values = [figure["value"] for figure in some]
+    n = sum(figure["n"] for figure in some)
+    gap = number(max(values) - min(values) if len(some) > 1 else None, n, reason)
+    gap |= {"p": None, "groups": enough, "left_out": left_out}
+    if gap["value"] is None:
+        return gap
+    counted = ~posts.truth if rate == "false_positive_rate" else posts.truth
+    wrong = (flagged != posts.truth)[counted]
+    members = np.stack([posts.members[group][counted] for group in enough], axis=1)
+    gap["p"] = permute_groups(wrong, members, [*range(len(enough))], seed)[0]
+    lows, highs = [], []
+    for one, other in itertools.permutations(some, 2):
+        away = one["value"] - other["value"]
+        lows.append(away - math.hypot(one["value"] - one["low"], other["high"] - other["value"]))
+        highs.append(away + math.hypot(one["high"] - one["value"], other["value"] - other["low"]))
+    gap["low"] = max(0.0, *lows) if gap["p"] < 0.05 else 0.0
+    gap["high"] = min(1.0, max(highs))
+    return gap
 
 
 def place_figures(posts: Scored, p: Any, flagged: Any, inside: Any) -> dict[str, Any]:
@@ -777,7 +796,7 @@ def place_figures(posts: Scored, p: Any, flagged: Any, inside: Any) -> dict[str,
 
 
 def resampled(posts: Scored, answers: dict[str, tuple[Any, Any]], seed: int) -> dict[Any, Any]:
-    """Bootstrap intervals by (way, place, figure), (way, "gap", rate), ("change", place, figure).
+    """Bootstrap intervals by (way, place, figure) and ("change", "overall", figure).
 
     Up to `MOST_CELLS` posts are drawn one by one; of more, scores are drawn as `SCORE_LEVELS`
     levels of equally many posts.
@@ -802,15 +821,6 @@ def resampled(posts: Scored, answers: dict[str, tuple[Any, Any]], seed: int) -> 
         tables[way] = design.reshape(len(truth), -1)
         for place, mask in inside.items():
             bins[way, place] = equal_mass_bins(means[way][mask])
-    enough = {
-        rate: [
-            place
-            for place, (name, mask) in enumerate(places.items())
-            if name not in ("overall", NO_TARGET)
-            and (mask & (posts.truth ^ (rate == "false_positive_rate"))).sum() >= MIN_DENOMINATOR
-        ]
-        for rate in ("false_positive_rate", "false_negative_rate")
-    }
 
     def statistic(counts: Any) -> dict[Any, Any]:
         found: dict[Any, Any] = {}
@@ -825,10 +835,6 @@ def resampled(posts: Scored, answers: dict[str, tuple[Any, Any]], seed: int) -> 
             for key in ("f1", *MEASURED[1:4]):
                 name = f"f1_{posts.positive}" if key == "f1" else key
                 found[way, "overall", name] = figures[key][:, 0]
-            for rate, some in enough.items():
-                if len(some) > 1:
-                    values = figures[rate][:, some]
-                    found[way, "gap", rate] = values.max(1) - values.min(1)
         first, second = answers
         for key in (f"f1_{posts.positive}", *MEASURED):
             away = found[second, "overall", key] - found[first, "overall", key]
@@ -858,7 +864,7 @@ def build_profile(
         if fitted.group_cuts:
             cut = cut_of_posts(posts.members, fitted.group_cuts, fitted.threshold, len(p))
             ways = {"one_threshold": (p, flagged), "own_cuts": (p, p >= cut)}
-            shown_cuts[use] = measure(posts, ways, args.seed)
+            shown_cuts[use] = price_of(measure(posts, ways, args.seed))
         measured[use]["decisions"] = {
             place: count_decisions(p[inside], posts.truth[inside], fitted)
             for place, inside in posts.places.items()
@@ -896,6 +902,23 @@ def build_profile(
             "price": shown_cuts or None,
         },
     }
+
+
+def price_of(measured: dict[str, Any]) -> dict[str, Any]:
+    """Of what is measured, what says how much cut-offs per group cost whom."""
+    rates = ("false_positive_rate", "false_negative_rate")
+    change = measured.pop("change")
+    return {
+        way: {
+            "balanced_accuracy": found["overall"]["balanced_accuracy"],
+            "gap": found["gap"],
+            "groups": {
+                group: {rate: figures[rate] for rate in rates}
+                for group, figures in found["groups"].items()
+            },
+        }
+        for way, found in measured.items()
+    } | {"change_of_balanced_accuracy": change.get("balanced_accuracy")}
 
 
 def describe_side(posts: Scored) -> dict[str, Any]:
@@ -1201,9 +1224,9 @@ def figure_text(figure: dict[str, Any]) -> str:
     if figure["n"] < MIN_DENOMINATOR:
         return f"insufficient (n {figure['n']})"
     text = f"{100 * figure['value']:.1f} %"
-    if figure["low"] is None:
-        return text
-    return f"{text} [{100 * figure['low']:.1f}, {100 * figure['high']:.1f}]"
+    if figure["low"] is not None:
+        text += f" [{100 * figure['low']:.1f}, {100 * figure['high']:.1f}]"
+    return f"{text} p {figure['p']:.2g}" if figure.get("p") is not None else text
 
 
 def group_rows(profile: dict[str, Any]) -> list[list[str]]:
@@ -1251,14 +1274,17 @@ def own_cut_rows(profile: dict[str, Any]) -> list[list[str]]:
         rows.append([visible(group), cut_text(cut), *cells])
     gaps = [" -> ".join(figure_text(price[way]["gap"][key]) for way in ways) for key in rates]
     rows.append(["gap", "", *gaps])
-    balanced = [figure_text(price[way]["overall"]["balanced_accuracy"]) for way in ways]
+    balanced = [figure_text(price[way]["balanced_accuracy"]) for way in ways]
     rows.append(["balanced accuracy, all", "", " -> ".join(balanced), ""])
     return rows
 
 
 def remarks(profile: dict[str, Any]) -> list[str]:
     """What a reader must know of the figures."""
-    lines = ["[low, high]: 95 % interval; rates Wilson, the rest bootstrap (BCa)."]
+    lines = [
+        "[low, high]: 95 % interval; rates Wilson, gaps Newcombe, the rest bootstrap (BCa). p of a "
+        "gap: how often one as large comes about where groups make no difference (permutation)."
+    ]
     lines.append(f"Per-group cut-offs. {GROUP_CUTS_REASON}")
     if profile["fitted_on"]["used_by_early_stopping"]:
         lines.append(f"Warning. {USED_POSTS}")
@@ -1590,6 +1616,41 @@ def bca(point: Any, drawn: Any, without_one: Any, counts: Any) -> tuple[Any, Any
         last = drawn[rows, np.maximum(valid - 1, 0)]
         usable = (valid >= 0.9 * drawn.shape[1]) & (last > drawn[:, 0]) & np.isfinite(point)
     return tuple(np.where(usable, end, np.nan) for end in ends)
+
+
+def permute_groups(
+    wrong: Any, members: Any, compared: list[int], seed: int, resamples: int = RESAMPLES
+) -> tuple[float, list[float]]:
+    """Permutation p-values of one error rate: of its gap, and of each group against the rest.
+
+    `wrong` (n,) says which posts of one true label are decided wrongly, `members` (n, groups) who
+    is in which group. The errors are dealt anew among the posts, so that who is in which group,
+    overlaps too, stays as it is. `compared` are the groups whose largest difference is the gap.
+    The observed deal counts as one of the draws (Phipson and Smyth 2010).
+    """
+    import numpy as np
+
+    cells = build_cells(members)
+    kinds = members[cells.first].astype(np.float64)  # (cells, groups)
+    sizes = cells.counts @ kinds
+    rest = len(wrong) - sizes
+    draws = np.random.default_rng(seed).multivariate_hypergeometric(
+        cells.counts, int(wrong.sum()), size=resamples, method="marginals"
+    )
+    observed = np.bincount(cells.of, weights=wrong, minlength=len(cells.counts))
+    errors = np.vstack([observed, draws]) @ kinds  # (1 + resamples, groups)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        rates = errors / sizes
+        away = np.abs(rates - (wrong.sum() - errors) / rest)
+
+    def p_of(values: Any) -> float:
+        # Equal rates can differ in their last bit.
+        return float((values >= values[0] - 1e-9).mean())
+
+    gap = 1.0
+    if len(compared) > 1:
+        gap = p_of(rates[:, compared].max(1) - rates[:, compared].min(1))
+    return gap, [p_of(away[:, group]) for group in range(members.shape[1])]
 
 
 def equal_mass_bins(scores: Any, most: int = 10) -> Any:
