@@ -70,6 +70,8 @@ NO_TARGET = "no_target"
 # The last four are the wide forms, which some spreadsheets also read.
 FORMULA_SIGNS = tuple("=+-@\t\r\n\uff1d\uff0b\uff0d\uff20")
 CONFUSION = ("true_positive", "true_negative", "false_positive", "false_negative")
+# The differences of more pairs than this are left to compare.md.
+MOST_PRINTED_PAIRS = 2
 # Better when lower.
 ERRORS = ("false_positive_rate", "false_negative_rate", "brier", "ece")
 # Arguments of a training that its result does not depend on, or that stand in the contract as the
@@ -178,22 +180,21 @@ def split_runs(parser: Parser, words: list[str]) -> tuple[list[str], list[str]]:
     runs: list[str] = []
     flags: list[str] = []
     actions = {name: action for action in parser._actions for name in action.option_strings}
-    following = iter(words)
-    for word in following:
-        if not word.startswith("-") or word == "-":
+    # Of the flag before: whether the next word is its value, whatever it is, or if it reads so.
+    takes: int | str | None = 0
+    for word in words:
+        if takes is None or (takes == "?" and word.lower() in BOOLEANS):
+            flags.append(word)
+            takes = 0
+        elif not word.startswith("-") or word == "-":
             runs.append(word)
-            continue
-        flags.append(word)
-        name, equals, _ = word.partition("=")
-        action = actions.get("--" + name.removeprefix("--").replace("-", "_"))
-        if action is None or equals or action.nargs == 0:
-            continue
-        value = next(following, None)
-        if value is not None and action.nargs == "?" and value.lower() not in BOOLEANS:
-            runs += [] if value.startswith("-") else [value]
-            flags += [value] if value.startswith("-") else []
-        elif value is not None:
-            flags.append(value)
+            takes = 0
+        else:
+            flags.append(word)
+            name, equals, _ = word.partition("=")
+            action = actions.get("--" + name.removeprefix("--").replace("-", "_"))
+            takes = 0 if action is None or equals else action.nargs
+            takes = None if takes == "+" else takes
     return runs, flags
 
 
@@ -250,7 +251,7 @@ def main(argv: list[str] | None = None) -> None:
         "recipe_comparisons": between,
         "requirements": judged,
     }
-    sections = build_sections(comparison)
+    sections = comparison_sections(comparison)
     write_comparison(Path(args.output_dir).expanduser(), comparison, sections, runs)
     print_sections(sections)
     print(f"\ncomparison: {Path(args.output_dir) / 'compare.md'}", flush=True)
@@ -289,16 +290,30 @@ def read_all(args: argparse.Namespace) -> list[Run]:
 
 
 def name_runs(runs: list[Run]) -> list[Run]:
-    """Runs by names that differ: where two are called the same, by what was asked for."""
-    names = Counter(run.name for run in runs)
+    """Runs by short names that differ: a strategy, a repo's evaluation, or the end of a path.
+
+    A long path tells runs apart in its end, and its beginning speaks only of the machine.
+    """
     strategies = Counter(run.origin for run in runs)
-    named = []
+    names = []
     for run in runs:
         name = run.name
-        if names[name] > 1:
+        if sum(one.name == name for one in runs) > 1:
             name = run.origin if strategies[run.origin] == 1 else f"{run.origin}:{name}"
-        named.append(replace(run, name=name))
-    return named
+        names.append(name)
+    for parts in itertools.count(1):
+        short = [last_parts(name, parts) if is_folder(name) else name for name in names]
+        if len({*short}) == len({*names}) or parts > max(name.count("/") for name in names):
+            break
+    shown_ = [visible(name) for name in short]
+    return [
+        replace(run, name=name if shown_.count(visible(name)) == 1 else f"{number_} {name}")
+        for number_, (run, name) in enumerate(zip(runs, short, strict=True), start=1)
+    ]
+
+
+def last_parts(path: str, count: int) -> str:
+    return "/".join(Path(path).parts[-count:])
 
 
 @dataclass(frozen=True)
@@ -344,7 +359,9 @@ def align(runs: list[Run]) -> tuple[list[Run], Posts]:
         notes.append(f"{repeated} posts repeat an earlier id; they are matched by their order.")
     for run in aligned:
         if lost := run.predicted.count(None):
-            notes.append(f"{visible(run.name)} gave {lost} answers without label: wrong ones.")
+            notes.append(
+                f"{visible(run.name)} gave {lost} answers without label, which count as wrong."
+            )
     check_same_labels(aligned)
     notes += check_same_texts(aligned)
     aligned, more = settle_groups(aligned)
@@ -654,6 +671,7 @@ def correct_over_pairs(comparisons: list[dict[str, Any]]) -> None:
 def words_of(name: str) -> str:
     """A figure's or group's name as it stands in a sentence."""
     names = {"f1": "F1", "roc_auc": "AUROC", "mcc": "Matthews' coefficient"}
+    names |= {"brier": "Brier score"}
     return names.get(name, name.replace("_", " "))
 
 
@@ -705,6 +723,14 @@ def name_insufficient(one: dict[str, Any]) -> list[dict[str, Any]]:
     ]
 
 
+def describe_insufficient(few: list[dict[str, Any]]) -> list[str]:
+    """The groups' rates that nothing is concluded from, named with their posts."""
+    words = ", ".join(
+        f"{place_words(one['group'], one['figure'])} ({one['n']} posts)" for one in few
+    )
+    return [f"Insufficient, with fewer than {MIN_DENOMINATOR} posts: {words}."] if few else []
+
+
 def place_words(place: str, key: str) -> str:
     if place == "overall":
         return f"overall {words_of(key)}"
@@ -736,7 +762,7 @@ def describe_pair(
     first, second = visible(one["first"]), visible(one["second"])
     if claims:
         words = f"These two checkpoints differ: {describe_claims(claims)}; no evidence of change "
-        words += "elsewhere (tested: overall accuracy, and both error rates of each group)."
+        words += "elsewhere."
     else:
         accuracy = one["overall"]["accuracy"]
         higher, (points, low, high) = first, (0.0, 0.0, 0.0)
@@ -746,13 +772,9 @@ def describe_pair(
         words = f"No evidence that {first} and {second} differ"
         if points:
             words += f" (accuracy of {higher} higher by {points_words(points, low, high)}, "
-            words += f"p = {accuracy['p']:.2g})"
+            p = p_words(accuracy["p_holm_pairs"])
+            words += f"p {p if p.startswith('<') else f'= {p}'})"
         words += "."
-    if few:
-        listed = ", ".join(
-            f"{place_words(item['group'], item['figure'])} ({item['n']})" for item in few
-        )
-        words += f" Insufficient, with fewer than {MIN_DENOMINATOR} posts: {listed}."
     shared = [item for item in recipes if {one["first"], one["second"]} <= {*item.runs}]
     if shared:
         words += " They are two seeds of one recipe."
@@ -831,9 +853,11 @@ def build_recipes(
 
 def figures_at(strategy: dict[str, Any], place: str) -> dict[str, Any]:
     """A run's figures in a group or over all posts; an answer without label counts as wrong."""
-    if strategy["unparsed"]:
-        return strategy["unparsed"]["as_errors"][place]
-    return strategy["overall"] if place == "overall" else strategy["groups"][place]
+    figures = strategy["overall"] if place == "overall" else strategy["groups"][place]
+    if not strategy["unparsed"]:
+        return figures
+    # Scores are none the worse for an answer without label, and here they have their interval.
+    return strategy["unparsed"]["as_errors"][place] | {"roc_auc": figures["roc_auc"]}
 
 
 def pool_figures(
@@ -875,8 +899,11 @@ def welch(first: list[float], second: list[float]) -> dict[str, Any]:
     # Values that agree but for their last bits have no variance to speak of.
     if max(np.std(first), np.std(second)) < 1e-12:
         return empty
-    test = ttest_ind(first, second, equal_var=False)
-    low, high = test.confidence_interval(0.95)
+    with warnings.catch_warnings():
+        # Of seeds that agree in one of the two recipes.
+        warnings.simplefilter("ignore", RuntimeWarning)
+        test = ttest_ind(first, second, equal_var=False)
+        low, high = test.confidence_interval(0.95)
     return {"value": value, "low": float(low), "high": float(high), "p": float(test.pvalue)}
 
 
@@ -924,6 +951,7 @@ class Section:
     title: str
     sentences: list[str] = field(default_factory=list)
     rows: list[list[str]] = field(default_factory=list)
+    printed: bool = True
 
 
 def percent_words(figure: dict[str, Any]) -> str:
@@ -941,16 +969,23 @@ def percent_words(figure: dict[str, Any]) -> str:
 def p_words(p: float | None) -> str:
     if p is None:
         return ""
-    return "<0.001" if p < 0.001 else f"{p:.3f}"
+    return "< 0.001" if p < 0.001 else f"{p:.3f}"
 
 
-def build_sections(comparison: dict[str, Any]) -> list[Section]:
+def comparison_sections(comparison: dict[str, Any]) -> list[Section]:
     """Everything that is printed and written into compare.md, the verdict first."""
     metrics = comparison["metrics"]
+    pairs = [difference_section(one) for one in metrics["comparisons"]]
     sentences = [one["words"] for one in comparison["recipe_comparisons"]]
     sentences += [one["words"] for one in comparison["verdicts"]]
-    many = any(one["claims"] for one in comparison["verdicts"])
-    if many and not comparison["recipe_comparisons"]:
+    # They count posts by their true label, so they are the same for every pair.
+    sentences += describe_insufficient(comparison["verdicts"][0]["insufficient"])
+    sentences.append(
+        "Tested of two checkpoints: accuracy over all posts, and both error rates of each group; "
+        "p is corrected (Holm)."
+    )
+    differ = any(one["claims"] for one in comparison["verdicts"])
+    if differ and not comparison["recipe_comparisons"]:
         sentences.append(
             "That is said of these checkpoints only: to call a recipe better, train each with "
             "several seeds."
@@ -958,12 +993,12 @@ def build_sections(comparison: dict[str, Any]) -> list[Section]:
     return [
         Section("Verdict", sentences),
         *requirement_section(comparison),
-        Section("Posts", [describe_posts(metrics), *comparison["notes"]]),
+        Section("Posts", [describe_shared_posts(metrics), *comparison["notes"]]),
         Section("Runs", [], run_table(comparison)),
         Section("Error rates per target group", [], rate_table(metrics)),
-        *[difference_section(one) for one in metrics["comparisons"]],
+        *[replace(one, printed=len(pairs) <= MOST_PRINTED_PAIRS) for one in pairs],
         *recipe_sections(comparison),
-        Section("What these figures do not say", [*LIMITS_OF_COMPARISON]),
+        Section("What these figures do not say", [*LIMITS_OF_COMPARISON], printed=False),
     ]
 
 
@@ -977,7 +1012,7 @@ def requirement_section(comparison: dict[str, Any]) -> list[Section]:
     return [Section(f"Requirements on {first}", [f"Tested is {words}."], table)]
 
 
-def describe_posts(metrics: dict[str, Any]) -> str:
+def describe_shared_posts(metrics: dict[str, Any]) -> str:
     """How many posts there are of each label, and what the same answer to all would reach."""
     counts, positive = metrics["label_counts"], metrics["positive_label"]
     words = ", ".join(f"{count} {visible(label)}" for label, count in counts.items())
@@ -1109,7 +1144,9 @@ def recipe_sections(comparison: dict[str, Any]) -> list[Section]:
 
 def print_sections(sections: list[Section]) -> None:
     """Print sentences and aligned tables."""
-    for section in sections[:-1]:
+    for section in sections:
+        if not section.printed:
+            continue
         print(f"\n{section.title}")
         for sentence in section.sentences:
             print(f"  {sentence}")
@@ -1401,17 +1438,14 @@ def build_cells(*columns: Any) -> Cells:
     import numpy as np
 
     rows = np.column_stack([np.asarray(column, dtype=np.int64) for column in columns])
-    _, first, of, counts = np.unique(
-        rows, axis=0, return_index=True, return_inverse=True, return_counts=True
-    )
-    return Cells(of.reshape(-1), first, counts)
-
-
-def single_cells(n: int) -> Cells:
-    """Every post by itself."""
-    import numpy as np
-
-    return Cells(np.arange(n), np.arange(n), np.ones(n, dtype=np.int64))
+    # Sorting numbers is many times faster than sorting rows. A key is a cell so far and the next
+    # column's value, so it stays below n times the number of values.
+    of = np.zeros(len(rows), dtype=np.int64)
+    for column in rows.T:
+        values, kinds = np.unique(column, return_inverse=True)
+        of = np.unique(of * max(1, len(values)) + kinds, return_inverse=True)[1]
+    _, first, counts = np.unique(of, return_index=True, return_counts=True)
+    return Cells(of, first, counts)
 
 
 def intervals(
@@ -1420,79 +1454,87 @@ def intervals(
     """BCa bootstrap intervals (Efron 1987) of everything that `statistic` computes.
 
     `statistic` takes cell counts of shape (r, cells) and returns figures of shape (r,) by name.
-    Posts are drawn with replacement, which makes the cells' counts multinomial; all figures come
-    from the same draws, so a difference of two is a paired one. Returns for each name `value`,
-    `low` and `high`, None where undefined; an interval is None where less than nine tenths of the
-    draws have the figure, or where they all agree and say nothing of how far it could move.
+    Posts are drawn with replacement; of more than `MOST_CELLS` each is drawn a Poisson number of
+    times, which differs only in how many there are (Chamandy et al. 2012). All figures come from
+    the same draws, so a difference of two is a paired one. Returns `value`, `low` and `high` for
+    each name that has a value; both ends are None where less than nine tenths of the draws have
+    the figure, or where they all agree and say nothing of how far it could move.
     """
     import numpy as np
 
     counts = np.asarray(counts)
-    n = int(counts.sum())
+    n, size = int(counts.sum()), len(counts)
     if n == 0:
         return {}
-    draws = np.random.default_rng(seed).multinomial(n, counts / n, size=resamples)
-    without_one = counts - np.eye(len(counts), dtype=np.int64)
-
-    def compute(rows: Any) -> dict[Any, Any]:
-        parts = [
-            statistic(rows[start : start + 1000].astype(np.float32))
-            for start in range(0, len(rows), 1000)
-        ]
-        return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-
-    point = compute(counts[None])
+    figures = statistic(counts[None].astype(np.float32))
+    point = {name: values[0] for name, values in figures.items() if np.isfinite(values[0])}
     if not point:
         return {}
-    names = list(point)
-    drawn, left = compute(draws), compute(without_one)
-    low, high = bca(
-        np.array([point[name][0] for name in names]),
-        np.stack([drawn[name] for name in names], axis=1),
-        np.stack([left[name] for name in names], axis=1),
-        counts,
+    chance, cell_of = np.random.default_rng(seed), np.repeat(np.arange(size), counts)
+
+    def draw(rows: Any) -> Any:
+        if n > MOST_CELLS:
+            return chance.poisson(counts, (len(rows), size))
+        drawn = cell_of[chance.integers(0, n, (len(rows), n))]
+        drawn += size * np.arange(len(rows))[:, None]
+        return np.bincount(drawn.ravel(), minlength=len(rows) * size).reshape(-1, size)
+
+    def leave_one_out(rows: Any) -> Any:
+        return counts - (rows[:, None] == np.arange(size))
+
+    def compute(make: Callable[[Any], Any], rows: int) -> Any:
+        """(figures, rows); a thousand rows at a time, for the memory."""
+        parts = []
+        for some in np.split(np.arange(rows), range(1000, rows, 1000)):
+            figures = statistic(make(some).astype(np.float32))
+            parts.append(np.stack([figures[name] for name in point]))
+        return np.concatenate(parts, axis=1)
+
+    ends = bca(
+        np.array([*point.values()]), compute(draw, resamples), compute(leave_one_out, size), counts
     )
-    found = {}
-    for index, name in enumerate(names):
-        values = (point[name][0], low[index], high[index])
-        found[name] = {
-            key: None if math.isnan(value) else float(value)
-            for key, value in zip(("value", "low", "high"), values, strict=True)
+    return {
+        name: {"value": float(point[name])}
+        | {
+            key: None if math.isnan(end) else float(end)
+            for key, end in zip(("low", "high"), both, strict=True)
         }
-    return found
+        for name, *both in zip(point, *ends, strict=True)
+    }
 
 
 def bca(point: Any, drawn: Any, without_one: Any, counts: Any) -> tuple[Any, Any]:
     """The ends of 95 % BCa intervals; nan where there is none.
 
-    Shapes: `point` (k,), `drawn` (resamples, k), `without_one` (cells, k): the figure without one
+    Shapes: `point` (k,), `drawn` (k, resamples), `without_one` (k, cells): the figure without one
     post of that cell, of which there are `counts`.
     """
     import numpy as np
     from scipy.special import ndtr, ndtri
 
-    drawn = np.sort(drawn, axis=0)  # nan goes last
-    valid = np.isfinite(drawn).sum(0)
+    drawn, value = np.sort(drawn, axis=1), point[:, None]  # nan goes last
+    valid = np.isfinite(drawn).sum(1)
     with np.errstate(divide="ignore", invalid="ignore"):
-        below = ((drawn < point).sum(0) + (drawn == point).sum(0) / 2) / valid
-        edge = 1 / (2 * len(drawn))
+        below = ((drawn < value).sum(1) + (drawn == value).sum(1) / 2) / valid
+        edge = 1 / (2 * drawn.shape[1])
         bias = ndtri(np.clip(below, edge, 1 - edge))
-        weights = np.where(np.isfinite(without_one), counts[:, None], 0)
+        weights = np.where(np.isfinite(without_one), counts, 0)
         values = np.nan_to_num(without_one)
-        away = np.where(weights > 0, (weights * values).sum(0) / weights.sum(0) - values, 0)
-        size = (weights * away**2).sum(0)
-        skew = np.where(size > 0, (weights * away**3).sum(0) / (6 * size**1.5), 0)
+        mean = (weights * values).sum(1) / weights.sum(1)
+        away = np.where(weights > 0, mean[:, None] - values, 0)
+        size = (weights * away**2).sum(1)
+        skew = np.where(size > 0, (weights * away**3).sum(1) / (6 * size**1.5), 0)
+        rows = np.arange(len(drawn))
         ends = []
         for z in (-NORMAL_95, NORMAL_95):
             place = ndtr(bias + (bias + z) / (1 - skew * (bias + z))) * (valid - 1)
             place = np.nan_to_num(np.clip(place, 0, valid - 1))
             under = np.floor(place).astype(np.int64)
             over = np.minimum(under + 1, np.maximum(valid - 1, 0))
-            columns = np.arange(drawn.shape[1])
             step = place - under
-            ends.append((1 - step) * drawn[under, columns] + step * drawn[over, columns])
-        last = drawn[np.maximum(valid - 1, 0), np.arange(drawn.shape[1])]
-        usable = (valid >= 0.9 * len(drawn)) & (last > drawn[0]) & np.isfinite(point)
+            ends.append((1 - step) * drawn[rows, under] + step * drawn[rows, over])
+        last = drawn[rows, np.maximum(valid - 1, 0)]
+        usable = (valid >= 0.9 * drawn.shape[1]) & (last > drawn[:, 0]) & np.isfinite(point)
     return tuple(np.where(usable, end, np.nan) for end in ends)
 
 
@@ -1558,34 +1600,51 @@ def pair_order(high: Any, low: Any) -> Any:
     return ((high[:, None] > low) + (high[:, None] == low) / 2).astype(np.float32)
 
 
-def auc(counts: Any, scores: Any, positives: Any, negatives: Any) -> Any:
-    """Area under the ROC curve for each row of cell counts (r, cells); nan where a side is empty.
+def auc(high: Any, low: Any, order: Any) -> Any:
+    """Area under the ROC curve, (r,), of two sides' counts (r, h) and (r, l); nan if one is empty.
 
-    `scores` (cells,), `positives` and `negatives` are the cells of the two sides.
+    `order` (h, l) is the `pair_order` of the two sides' scores.
     """
     import numpy as np
 
-    first, second = counts[:, positives], counts[:, negatives]
-    order = pair_order(scores[positives], scores[negatives])
-    pairs = first.sum(1, dtype=np.float64) * second.sum(1, dtype=np.float64)
+    pairs = high.sum(1, dtype=np.float64) * low.sum(1, dtype=np.float64)
     with np.errstate(divide="ignore", invalid="ignore"):
-        return ((first @ order) * second).sum(1, dtype=np.float64) / pairs
+        return ((high @ order) * low).sum(1, dtype=np.float64) / pairs
 
 
-def average_precision(counts: Any, scores: Any, positive: Any) -> Any:
-    """Mean precision over the positive posts, by falling score; nan without any. Shape (r,)."""
+def average_precision(high: Any, low: Any, scores: Any, low_scores: Any) -> Any:
+    """Mean precision over the positive posts by falling score, (r,); nan without any.
+
+    `high` (r, h) and `low` (r, l) count the posts with the positive label and the others; the
+    scores are (h,) and (l,). Equal scores are taken together.
+    """
+    import numpy as np
+
+    hits = high @ (scores[:, None] >= scores).astype(high.dtype)
+    wrong = low @ (low_scores[:, None] >= scores).astype(low.dtype)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        precision = np.where(high > 0, hits / (hits + wrong), 0)
+        return (high * precision).sum(1, dtype=np.float64) / high.sum(1, dtype=np.float64)
+
+
+def rank_posts(truth: Any, scores: Any) -> tuple[float, float]:
+    """Area under the ROC curve and average precision of posts (n,); nan where undefined.
+
+    What scikit-learn's functions return, with one sort for both.
+    """
     import numpy as np
 
     order = np.argsort(-scores, kind="stable")
-    ranked = counts[:, order].astype(np.float64)
-    hits = np.cumsum(ranked * positive[order], axis=1)
-    taken = np.cumsum(ranked, axis=1)
     # Equal scores are taken together.
-    last = np.flatnonzero(np.append(np.diff(scores[order]) != 0, True))
-    hits, taken = hits[:, last], taken[:, last]
+    last = np.flatnonzero(np.append(np.diff(scores[order]) != 0, True)) if len(order) else order
+    hits = np.cumsum(truth[order], dtype=np.float64)[last]
+    wrong = last + 1 - hits
+    gained = np.diff(hits, prepend=0)
     with np.errstate(divide="ignore", invalid="ignore"):
-        precision = np.where(taken > 0, hits / taken, 0)
-        return (np.diff(hits, axis=1, prepend=0) * precision).sum(1) / hits[:, -1]
+        area = (np.diff(wrong, prepend=0) * (hits - gained / 2)).sum() / (
+            truth.sum() * (len(truth) - truth.sum(dtype=np.float64))
+        )
+        return float(area), float((gained * hits / (last + 1)).sum() / np.float64(truth.sum()))
 
 
 def equal_mass_bins(scores: Any, most: int = 10) -> Any:
@@ -1644,7 +1703,7 @@ class Sample:
     `truth` (n,) and each of `predicted` (n,) are numbers of `labels`, -1 an answer without label;
     each of `scores` (n,) is p of the positive label or None. `members` (n,) are the posts of each
     group; a post that is aimed at several stands in each. `varied` are the strategies that do not
-    give every post the same answer.
+    give every post the same answer and score.
     """
 
     labels: list[str]
@@ -1666,7 +1725,15 @@ class Sample:
 
     @property
     def varied(self) -> list[str]:
-        return [name for name, answers in self.predicted.items() if len({*answers.tolist()}) > 1]
+        return [
+            name
+            for name, answers in self.predicted.items()
+            if any(
+                len(values) and (values != values[0]).any()
+                for values in (answers, self.scores[name])
+                if values is not None
+            )
+        ]
 
     def decided(self, strategy: str) -> Any:
         """(n,): its answers, where one without label counts as a wrong label."""
@@ -1710,8 +1777,8 @@ def build_figures(sample: Sample, strategy: str, posts: Any, decided: Any = None
     """Counts and figures of one strategy over some posts (n,), the positive label against the rest.
 
     Answers without label are left out of the rates and counted, unless `decided` (n,) gives
-    labels for them. F1 is 2 TP / (2 TP + FP + FN); a figure over labels is undefined where a
-    label has no post.
+    labels for them; figures of scores are over all posts, which have one each. F1 is
+    2 TP / (2 TP + FP + FN); a figure over labels is undefined where a label has no post.
     """
     import numpy as np
 
@@ -1749,7 +1816,7 @@ def build_figures(sample: Sample, strategy: str, posts: Any, decided: Any = None
         "f1_macro": number(figures["f1_macro"], n, over_labels),
         "f1_weighted": number(figures["f1_weighted"], n, "no posts"),
         "mcc": number(figures["mcc"], n, f"{over_labels}, or one label only is predicted"),
-        **score_figures(sample, sample.scores[strategy], parsed),
+        **score_figures(sample, sample.scores[strategy], posts),
     }
 
 
@@ -1762,7 +1829,6 @@ def name_of_negative(labels: list[str], positive: str) -> str:
 def score_figures(sample: Sample, scores: Any, posts: Any) -> dict[str, Any]:
     """AUROC, average precision, Brier score and calibration error of p over some posts (n,)."""
     import numpy as np
-    from sklearn.metrics import average_precision_score, roc_auc_score
 
     n = int(posts.sum())
     positive = sample.labels[sample.positive]
@@ -1776,13 +1842,14 @@ def score_figures(sample: Sample, scores: Any, posts: Any) -> dict[str, Any]:
         return {name: number(None, n, reason) for name in names}
     truth, p = sample.positives[posts], scores[posts]
     hits = int(truth.sum())
+    area, precision = rank_posts(truth, p)
     error = calibration_error(np.ones((1, n)), p, truth, equal_mass_bins(p))[0]
     reason = f"no {positive} posts"
     if hits == n:
         reason = f"no {name_of_negative(sample.labels, positive)} posts"
     return {
-        "roc_auc": number(roc_auc_score(truth, p) if 0 < hits < n else None, n, reason),
-        "average_precision": number(average_precision_score(truth, p) if hits else None, n, reason),
+        "roc_auc": number(area, n, reason),
+        "average_precision": number(precision, n, reason),
         "brier": number(float(((p - truth) ** 2).mean()), n, ""),
         "ece": number(error, n, ""),
     }
@@ -1914,10 +1981,12 @@ def build_bias(
         gap["max_min"] |= {"p": gap_p.get(rate), "p_holm": adjusted.get(rate)}
         found = rate in gap_p and adjusted[rate] < 0.05
         gap["significant"] = found if rate in gap_p else None
-        if gap["max_min"]["low"] is not None:
-            # Its draws never reach 0; the permutations say whether they should.
-            low = gap["max_min"]["low"] if gap_p[rate] < 0.05 else 0
-            gap["max_min"]["low"] = max(0.0, low)
+        # The draws of a largest difference never reach 0, nor those of a ratio 1; the permutations
+        # say whether they should.
+        if gap["max_min"]["low"] is not None and gap_p[rate] >= 0.05:
+            gap["max_min"]["low"] = 0.0
+        if gap["min_max_ratio"]["high"] is not None and gap_p[rate] >= 0.05:
+            gap["min_max_ratio"]["high"] = 1.0
         for group, one in gap["groups"].items():
             p, p_holm = group_p.get((rate, group)), group_adjusted.get((rate, group))
             allowed = found or rate not in gap_p
@@ -1935,7 +2004,13 @@ def build_bias(
         values = [[groups[group][rate]["value"] for group in enough] for rate in rates]
         value = max(max(row) - min(row) for row in values) if len(enough) > 1 else None
         entry[key] = number(value, len(enough), TOO_FEW_GROUPS)
-        add_interval(entry[key], counted.get((name, key), {"low": None}))
+        drawn = (name, key) if len(rates) > 1 else (name, "gap", rates[0])
+        add_interval(entry[key], counted.get(drawn, {"low": None}))
+        if len(enough) > 1:
+            p = difference_p(sample, name, rates, enough, seed)
+            entry[key]["p"] = p
+            if entry[key]["low"] is not None and p >= 0.05:
+                entry[key]["low"] = 0.0
         entry[key]["left_out"] = [group for group in sample.groups if group not in enough]
     for key in ("roc_auc", "bpsn_auc", "bnsp_auc"):
         values = [groups[group][key]["value"] for group in sample.groups]
@@ -1948,6 +2023,21 @@ def build_bias(
         }
         add_interval(entry["power_means"][key], ranked.get((name, "mean", key), {"low": None}))
     return entry
+
+
+def difference_p(
+    sample: Sample, name: str, rates: tuple[str, ...], enough: list[str], seed: int
+) -> float:
+    """Permutation p-value of the largest difference of some rates, corrected for their number."""
+    answers = sample.predicted[name]
+    flagged, parsed = answers == sample.positive, answers >= 0
+    tested = error_posts(sample, name) | {"flag_rate": (flagged, parsed)}
+    members, compared = stack_members(sample, enough), [*range(len(enough))]
+    p_values = []
+    for rate in rates:
+        error, posts = tested[rate]
+        p_values.append(permute_groups(error[posts], members[posts], compared, seed)[0])
+    return min(1.0, len(rates) * min(p_values))
 
 
 TOO_FEW_GROUPS = f"fewer than two groups have {MIN_DENOMINATOR} posts to count"
@@ -2033,14 +2123,15 @@ COMPARED_IN_GROUPS = ("accuracy", "f1", "false_positive_rate", "false_negative_r
 def count_intervals(sample: Sample, pairs: list[tuple[str, str]], seed: int) -> dict[Any, Any]:
     """Intervals of everything that is counted, from one set of resamples of the posts.
 
-    Names: (strategy, "overall", figure); (strategy, "gap" | "ratio", rate); (strategy,
-    "equalized_odds_difference" | "demographic_parity_difference"); and for each of `pairs` (first,
-    second, place, figure), the first's figure less the second's.
+    Names: (strategy, "overall", figure); (strategy, "gap" | "ratio", rate), flag_rate among the
+    rates; (strategy, "equalized_odds_difference"); and for each of `pairs` (first, second, place,
+    figure), the first's figure less the second's.
     """
     import numpy as np
 
     forms = {(name, False): answers for name, answers in sample.predicted.items()}
-    forms |= {(name, True): sample.decided(name) for pair in pairs for name in pair}
+    unparsed = {name for pair in pairs for name in pair if (sample.predicted[name] < 0).any()}
+    forms |= {(name, True): sample.decided(name) for name in sorted(unparsed)}
     places = {"overall": np.ones(len(sample.truth), dtype=bool), **sample.members}
     cells = build_cells(sample.truth, stack_members(sample, list(sample.members)), *forms.values())
     size = len(sample.labels)
@@ -2056,6 +2147,8 @@ def count_intervals(sample: Sample, pairs: list[tuple[str, str]], seed: int) -> 
     design = design.reshape(len(rows), -1)
     place_of = {name: index for index, name in enumerate(places)}
     form_of = {form: index for index, form in enumerate(forms)}
+    form_of = {(name, True): form_of[name, False] for name in sample.predicted} | form_of
+    varied = sample.varied
     rates = ("false_positive_rate", "false_negative_rate", "flag_rate")
     tables = (cells.counts @ design).reshape(shape)
     below = {
@@ -2063,6 +2156,16 @@ def count_intervals(sample: Sample, pairs: list[tuple[str, str]], seed: int) -> 
         "false_negative_rate": tables[..., sample.positive, :].sum(-1),
         "flag_rate": tables.sum((-2, -1)),
     }
+
+    def enough(form: int, *needed: str) -> list[int]:
+        return [
+            place_of[group]
+            for group in sample.groups
+            if all(below[rate][form, place_of[group]] >= MIN_DENOMINATOR for rate in needed)
+        ]
+
+    def spread(values: Any, some: list[int]) -> Any:
+        return values[:, some].max(1) - values[:, some].min(1)
 
     def statistic(counts: Any) -> dict[Any, Any]:
         tables = (counts @ design).reshape(len(counts), *shape)
@@ -2072,27 +2175,19 @@ def count_intervals(sample: Sample, pairs: list[tuple[str, str]], seed: int) -> 
             form = form_of[name, False]
             for key in RESAMPLED:
                 found[name, "overall", key] = figures[key][:, form, 0]
-            if name not in sample.varied:
+            if name not in varied:
                 continue
-            spread = {}
             for rate in rates:
-                values = figures[rate][:, form]
-                enough = [
-                    place_of[group]
-                    for group in sample.groups
-                    if below[rate][form, place_of[group]] >= MIN_DENOMINATOR
-                ]
-                if len(enough) < 2:
-                    continue
-                highest, lowest = values[:, enough].max(1), values[:, enough].min(1)
-                spread[rate] = found[name, "gap", rate] = highest - lowest
-                with np.errstate(divide="ignore", invalid="ignore"):
-                    found[name, "ratio", rate] = lowest / highest
-            if len(spread) == 3:
+                values, some = figures[rate][:, form], enough(form, rate)
+                if len(some) > 1:
+                    found[name, "gap", rate] = spread(values, some)
+                    with np.errstate(divide="ignore", invalid="ignore"):
+                        found[name, "ratio", rate] = values[:, some].min(1) / values[:, some].max(1)
+            some = enough(form, *rates[:2])
+            if len(some) > 1:
                 found[name, "equalized_odds_difference"] = np.maximum(
-                    spread["false_positive_rate"], spread["false_negative_rate"]
+                    *(spread(figures[rate][:, form], some) for rate in rates[:2])
                 )
-                found[name, "demographic_parity_difference"] = spread["flag_rate"]
         for first, second in pairs:
             one, other = form_of[first, True], form_of[second, True]
             for place in ("overall", *sample.members):
@@ -2101,11 +2196,7 @@ def count_intervals(sample: Sample, pairs: list[tuple[str, str]], seed: int) -> 
                 for key in keys:
                     values = figures[key]
                     found[first, second, place, key] = values[:, one, at] - values[:, other, at]
-        return {
-            key: values
-            for key, values in found.items()
-            if len(values) > 1 or np.isfinite(values).all()
-        }
+        return found
 
     return intervals(statistic, cells.counts, seed)
 
@@ -2127,10 +2218,29 @@ def rank_intervals(
     found: dict[Any, dict[str, Any]] = {}
     for name in scored:
         found |= rank_some(sample, [name], [], SCORE_LEVELS, seed)
-    for pair in pairs:
+    exact = {name: score_values(sample, name) for pair in pairs for name in pair}
+    for first, second in pairs:
         levels = max(4, int(math.sqrt(MOST_CELLS / 2 / 2 ** min(len(sample.groups), 3))))
-        both = rank_some(sample, [*pair], [pair], levels, seed)
-        found |= {key: value for key, value in both.items() if len(key) == 4}
+        both = rank_some(sample, [first, second], [(first, second)], levels, seed)
+        for key, figure in both.items():
+            if len(key) == 4:
+                away = exact[first][key[2:]] - exact[second][key[2:]]
+                found[key] = number(away, 0, "")
+                add_interval(found[key], figure)
+    return found
+
+
+def score_values(sample: Sample, name: str) -> dict[tuple[str, str], Any]:
+    """A strategy's figures of scores that differences are made of, by place and figure."""
+    import numpy as np
+
+    scores = sample.scores[name]
+    overall = score_figures(sample, scores, np.ones(len(scores), dtype=bool))
+    found = {("overall", key): figure["value"] for key, figure in overall.items()}
+    for group, posts in sample.members.items():
+        found[group, "roc_auc"] = score_figures(sample, scores, posts)["roc_auc"]["value"]
+        for key, figure in group_auc(sample, name, group).items():
+            found[group, key] = figure["value"]
     return found
 
 
@@ -2141,76 +2251,114 @@ def rank_some(
     levels: int | None,
     seed: int,
 ) -> dict[Any, dict[str, Any]]:
-    """`rank_intervals` of some strategies, drawn together; without `levels` post by post."""
+    """`rank_intervals` of some strategies, drawn together; without `levels` score by score."""
     import numpy as np
 
     if not strategies:
         return {}
-    n, members = len(sample.truth), stack_members(sample, list(sample.members))
-    if levels is None:
-        cells = single_cells(n)
-        scores = {name: sample.scores[name] for name in strategies}
-    else:
-        ranks = {name: equal_mass_bins(sample.scores[name], levels) for name in strategies}
-        cells = build_cells(sample.positives, members, *ranks.values())
-        scores = {
-            name: np.bincount(rank, weights=sample.scores[name]) / np.maximum(np.bincount(rank), 1)
-            for name, rank in ranks.items()
-        }
-        scores = {name: scores[name][ranks[name]] for name in strategies}
-
-    def mean_of(values: Any) -> Any:
-        return np.bincount(cells.of, weights=values) / cells.counts
-
+    ranks, scores = {}, {}
+    for name in strategies:
+        own = sample.scores[name]
+        rank = equal_mass_bins(own, levels) if levels else np.unique(own, return_inverse=True)[1]
+        ranks[name] = rank
+        scores[name] = (np.bincount(rank, own) / np.maximum(np.bincount(rank), 1))[rank]
+    members = stack_members(sample, list(sample.members))
+    cells = build_cells(sample.positives, members, *ranks.values())
     positive = sample.positives[cells.first]
-    inside = dict(zip(sample.members, members[cells.first].T, strict=True))
     everything = np.ones(len(positive), dtype=bool)
-    level = {name: scores[name][cells.first] for name in strategies}
-    mean = {name: mean_of(sample.scores[name]) for name in strategies}
-    squared = {name: mean_of((sample.scores[name] - sample.positives) ** 2) for name in strategies}
-    sides: dict[tuple[str, str], tuple[Any, Any]] = {("overall", "roc_auc"): (positive, ~positive)}
-    for group, posts in inside.items():
-        sides[group, "roc_auc"] = (positive & posts, ~positive & posts)
-        if group != NO_TARGET:
-            sides[group, "bpsn_auc"] = (positive & ~posts, ~positive & posts)
-            sides[group, "bnsp_auc"] = (positive & posts, ~positive & ~posts)
-    bins = {
-        (name, place): equal_mass_bins(level[name][posts])
-        for name in strategies
-        for place, posts in (("overall", everything), *inside.items())
+    places = {"overall": everything}
+    places |= dict(zip(sample.members, members[cells.first].T, strict=True))
+    # Of each place the posts inside (True) and outside, with the positive label (True) and without.
+    masks = {
+        (place, within, label): (posts == within) & (positive == label)
+        for place, posts in places.items()
+        for within in (True, False)
+        for label in (True, False)
     }
+    sides: dict[tuple[str, str], tuple[Any, Any]] = {}
+    for place in places:
+        sides[place, "roc_auc"] = (place, True, True), (place, True, False)
+        if place in sample.groups:
+            sides[place, "bpsn_auc"] = (place, False, True), (place, True, False)
+            sides[place, "bnsp_auc"] = (place, True, True), (place, False, False)
+    sides = {key: side for key, side in sides.items() if all(masks[one].any() for one in side)}
+    used = dict.fromkeys(one for side in sides.values() for one in side)
+    used |= dict.fromkeys((("overall", True, True), ("overall", True, False)))
+    inside = np.stack([*places.values()], axis=1).astype(np.float64)
+    calibration = {name: calibration_design(sample, cells, scores[name]) for name in strategies}
+    # What the sides are counted by: without levels the cells themselves, else the levels.
+    rank_of: dict[Any, Any] = {}
+    blocks: dict[str, Any] = {}
+    for name in strategies:
+        own = ranks[name][cells.first]
+        every = np.arange(own.max() + 1)
+        for mask in used:
+            rank_of[name, mask] = every if levels else own[masks[mask]]
+        if levels:
+            level = own[:, None] == every
+            stacked = [level & masks[mask][:, None] for mask in used]
+            blocks[name] = np.concatenate(stacked, axis=1).astype(np.float32)
+    order = {
+        (name, side): pair_order(rank_of[name, side[0]], rank_of[name, side[1]])
+        for name in strategies
+        for side in sides.values()
+    }
+    at = {mask: np.flatnonzero(masks[mask]) for mask in used}
 
     def statistic(counts: Any) -> dict[Any, Any]:
         found: dict[Any, Any] = {}
-        total = counts.sum(1, dtype=np.float64)
+        sizes = counts @ inside
+        split = {mask: np.take(counts, posts, axis=1) for mask, posts in at.items() if not levels}
         for name in strategies:
-            for (place, key), (high, low) in sides.items():
-                if high.any() and low.any():
-                    found[name, place, key] = auc(counts, level[name], high, low)
-            if positive.any():
-                found[name, "overall", "average_precision"] = average_precision(
-                    counts, level[name], positive
-                )
-            found[name, "overall", "brier"] = counts @ squared[name] / total
-            for place, posts in (("overall", everything), *inside.items()):
-                if posts.any():
-                    found[name, place, "ece"] = calibration_error(
-                        counts[:, posts], mean[name][posts], positive[posts], bins[name, place]
-                    )
+            if levels:
+                counted = np.split(counts @ blocks[name], len(used), axis=1)
+                split = dict(zip(used, counted, strict=True))
+            for (place, key), side in sides.items():
+                pair = split[side[0]], split[side[1]]
+                found[name, place, key] = auc(*pair, order[name, side])
+            both = ("overall", True, True), ("overall", True, False)
+            found[name, "overall", "average_precision"] = average_precision(
+                *(split[mask] for mask in both), *(rank_of[name, mask] for mask in both)
+            )
+            inner, squared = calibration[name]
+            found[name, "overall", "brier"] = counts @ squared / sizes[:, 0]
+            away = np.abs(counts @ inner).reshape(len(counts), len(places), -1).sum(-1)
+            with np.errstate(divide="ignore", invalid="ignore"):
+                away /= sizes
+            for index, place in enumerate(places):
+                found[name, place, "ece"] = away[:, index]
             for key in ("roc_auc", "bpsn_auc", "bnsp_auc"):
-                each = [
-                    (name, group, key) for group in sample.groups if (name, group, key) in found
-                ]
+                each = [found[name, group, key] for group in sample.groups if (group, key) in sides]
                 if each:
-                    found[name, "mean", key] = power_mean([found[group] for group in each])
+                    found[name, "mean", key] = power_mean(each)
         for first, second in pairs:
             for place, key in (*sides, ("overall", "average_precision"), ("overall", "brier")):
-                if (first, place, key) in found:
-                    away = found[first, place, key] - found[second, place, key]
-                    found[first, second, place, key] = away
+                away = found[first, place, key] - found[second, place, key]
+                found[first, second, place, key] = away
         return found
 
     return intervals(statistic, cells.counts, seed)
+
+
+def calibration_design(sample: Sample, cells: Cells, scores: Any) -> tuple[Any, Any]:
+    """What cell counts are multiplied by for calibration and Brier score; `scores` are (n,).
+
+    (cells, places * bins): a cell's label less its score, in its bin of each place that it is in;
+    and (cells,): its mean squared error.
+    """
+    import numpy as np
+
+    positives = sample.positives.astype(np.float64)
+    bins = []
+    for posts in (np.ones(len(scores), dtype=bool), *sample.members.values()):
+        bin_of = np.full(len(scores), -1)
+        bin_of[posts] = equal_mass_bins(scores[posts])
+        bins.append(bin_of[cells.first])
+    width = max(1, max(int(one.max()) for one in bins) + 1)
+    chosen = np.concatenate([one[:, None] == np.arange(width) for one in bins], axis=1)
+    away = np.bincount(cells.of, positives - scores) / cells.counts
+    squared = np.bincount(cells.of, (positives - scores) ** 2) / cells.counts
+    return chosen * away[:, None], squared
 
 
 def build_comparison(
@@ -2238,7 +2386,9 @@ def build_comparison(
     def difference(place: str, key: str, size: int) -> dict[str, Any]:
         found = counted.get((first, second, place, key)) or ranked.get((first, second, place, key))
         if not found:
-            return number(None, size, "undefined for one of the two")
+            outside = place == NO_TARGET and key in ("bpsn_auc", "bnsp_auc")
+            reason = "not a target group" if outside else "undefined for one of the two"
+            return number(None, size, reason)
         figure = number(found["value"], size, "")
         return figure | {"low": found["low"], "high": found["high"]}
 
@@ -2605,6 +2755,72 @@ def write_csv(file: Path, header: list[str], rows: list[list[Any]]) -> None:
         writer = csv.writer(stream)
         for row in [header, *rows]:
             writer.writerow([csv_text(cell) if isinstance(cell, str) else cell for cell in row])
+
+
+# --- plots -----------------------------------------------------------------------------------
+
+
+def draw(plots: list[tuple[str, str, Any, tuple[float, float]]]) -> list[dict[str, str]]:
+    """Each plot as SVG text that takes the page's colours, with its title and description.
+
+    A plot is its title, what it shows in words, a function that draws on matplotlib axes, and its
+    size in inches.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib.figure import Figure
+
+    drawn = []
+    style = {"svg.fonttype": "none", "svg.hashsalt": "report", "font.size": 9.5}
+    style |= {"axes.edgecolor": "#57606a", "axes.labelcolor": "#1c2127", "text.color": "#1c2127"}
+    style |= {"xtick.color": "#57606a", "ytick.color": "#57606a", "axes.spines.top": "False"}
+    style |= {"axes.spines.right": "False", "grid.color": "#d5dae0", "legend.frameon": "False"}
+    style |= {"font.family": "sans-serif", "axes.axisbelow": "True", "text.parse_math": "False"}
+    with matplotlib.rc_context(style):
+        for number_, (title, words, paint, size) in enumerate(plots):
+            figure = Figure(figsize=size, layout="constrained")
+            paint(figure.subplots())
+            buffer = io.StringIO()
+            figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+            svg = page_svg(buffer.getvalue(), f"p{number_}-", f"{title}: {words}")
+            drawn.append({"title": title, "words": words, "svg": svg})
+    return drawn
+
+
+def page_svg(text: str, prefix: str, label: str) -> str:
+    """matplotlib's SVG as part of a page: names of its own, the page's colours and fonts."""
+    from html import escape
+
+    text = text[text.index("<svg ") :]
+    text = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->", "", text, flags=re.DOTALL)
+    text = re.sub(r'<style type="text/css">.*?</style>', "", text, flags=re.DOTALL)
+    text = re.sub(r'\bid="', f'id="{prefix}', text)
+    text = re.sub(r'(href="|url\()#', rf"\1#{prefix}", text)
+    text = re.sub(r"font: ([\d.]+px)[^;\"]*", r"font-size: \1", text)
+    for colour, name in PAGE_COLOURS.items():
+        text = text.replace(colour, f"var({name})")
+    text = re.sub(r"\s*\n\s*", "\n", text)
+    head = f'<svg role="img" aria-label="{escape(label)}" '
+    return re.sub(r'^<svg (xmlns:xlink="[^"]*" )?width="[^"]*" height="[^"]*"', head, text, count=1)
+
+
+# --- report ----------------------------------------------------------------------------------
+
+MODEL_COLOURS = {
+    "model": "#0a5bb0",
+    "baseline": "#8a5a00",
+    "compared": "#6b3fa0",
+    "base": "#00655a",
+    "against": "#a3195b",
+}
+# Colours that the page replaces by its own, which differ in the dark.
+PAGE_COLOURS = {
+    "#1c2127": "--ink",
+    "#57606a": "--soft",
+    "#d5dae0": "--line",
+    "#ffffff": "--paper",
+} | {colour: f"--{kind}" for kind, colour in MODEL_COLOURS.items()}
 
 
 # --- shared: the same text in every script that has it ---------------------------------------
