@@ -708,6 +708,14 @@ def test_the_heat_map_shows_its_figures_in_the_pages_colours() -> None:
     assert sum(map(int, counts)) == 2 * len(posts)
 
 
+def test_a_side_without_cases_is_an_empty_map() -> None:
+    posts = [post for post in hatecheck_posts() if post["label"] == "hate"]
+    found = script.build_functional(posts, "hate", "normal", ["hate"] * len(posts), None)
+    assert found["sides"][1]["rows"] == []
+    svg = draw_svg(lambda axes: script.plot_functional(axes, found), 2)
+    assert len(re.findall(r">100</text>", svg)) == 8
+
+
 def test_the_matrix_of_swaps_shows_its_figures_in_the_pages_colours() -> None:
     swaps, left_out = script.build_swaps(
         [], "hate", ["lgbtq", "mexican"], script.IDENTITY_TERMS, 0, 0
