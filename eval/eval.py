@@ -919,8 +919,9 @@ def show_posts(
     if args.input is None:
         return
     with draft_folder(target) as draft:
-        write_predictions(draft / "predictions.csv", task, posts, args.log_text)
-        (draft / "predictions.csv").replace(target / "predictions.csv")
+        write_predictions(draft, task, posts, args.log_text)
+        for name in ("predictions.csv", "predictions.parquet"):
+            (draft / name).replace(target / name)
     more = f"{len(posts) - 20} more in " if len(posts) > 20 else ""
     print(f"{more}{target / 'predictions.csv'}", flush=True)
 
@@ -2729,7 +2730,7 @@ def intervals(
     n, size = int(counts.sum()), len(counts)
     if n == 0:
         return {}
-    figures = statistic(counts[None].astype(np.float32))
+    figures = statistic(counts[None].astype(np.float64))
     point = {name: values[0] for name, values in figures.items() if np.isfinite(values[0])}
     if not point:
         return {}
@@ -3026,10 +3027,10 @@ def build_sample(
     return Sample(
         labels,
         labels.index(positive),
-        np.array([numbers[label] for label in truth]),
+        np.array([numbers[label] for label in truth], dtype=np.int64),
         masks,
         {
-            one.strategy: np.array([numbers.get(label, -1) for label in one.predicted])
+            one.strategy: np.array([numbers.get(label, -1) for label in one.predicted], dtype=int)
             for one in answered
         },
         {one.strategy: None if one.scores is None else np.array(one.scores) for one in answered},
@@ -3650,7 +3651,7 @@ def build_comparison(
         found = counted.get((first, second, place, key)) or ranked.get((first, second, place, key))
         if not found:
             outside = place == NO_TARGET and key in ("bpsn_auc", "bnsp_auc")
-            reason = "not a target group" if outside else "undefined for one of the two"
+            reason = "not a target group" if outside else "one of the two has none"
             return number(None, size, reason)
         figure = number(found["value"], size, "")
         return figure | {"low": found["low"], "high": found["high"]}
@@ -4172,7 +4173,7 @@ HOMOGLYPHS = str.maketrans(
 ZERO_WIDTH = "\u200b"
 # Links, e-mail addresses, mentions, hashtags, placeholders such as <user> and [URL], HTML entities.
 PROTECTED = (
-    r"(?<!\w)\w[\w+.-]*://\S+|www\.\S+|(?<![\w.-])[\w-]+(?:\.[\w-]+)+/\S*|"
+    r"(?<![\w+.-])\w[\w+.-]*://\S+|https?://\S+|www\.\S+|(?<![\w.-])[\w-]+(?:\.[\w-]+)+/\S*|"
     r"(?<![\w.+-])[\w.+-]*@\w[\w.-]*|[@#]\w+|<[^<>\s]{1,40}>|\[\w{2,20}\]|&\#?\w+;"
 )
 WORDS = re.compile(rf"{PROTECTED}|(?P<word>[^\W\d_]{{3,}})")
@@ -4602,7 +4603,8 @@ SWAP_TEMPLATES = {
 SWAP_ASSUMPTION = (
     "A swap assumes that the label stays the same with another group in its place. That holds for "
     "these templates; in posts it can fail, where a post speaks of something true of one group "
-    "only. The intervals are of one pair of groups each, not of all of them together."
+    "only, or names the group by other words too (slurs, places), which are not swapped. The "
+    "intervals are of one pair of groups each, not of all of them together."
 )
 # After these a word that can be noun or adjective is a noun ("the Mexican"), ...
 DETERMINERS = "a|an|the|this|that|one|every|each|no|any|another|some|my|your|our|his|her|their"
@@ -4906,7 +4908,7 @@ def plot_grid(axis: Any, rows: list[str], columns: list[str], title: str) -> Non
     """An empty table with named rows and columns, the first row on top."""
     axis.set_facecolor("none")
     axis.set_xlim(-0.5, len(columns) - 0.5)
-    axis.set_ylim(len(rows) - 0.5, -0.5)
+    axis.set_ylim(max(len(rows), 1) - 0.5, -0.5)
     axis.xaxis.tick_top()
     axis.set_xticks(range(len(columns)), columns, rotation=30, ha="left", color=PLOT_INK)
     axis.set_yticks(range(len(rows)), rows, color=PLOT_INK)
@@ -5262,8 +5264,8 @@ def build_people(sample: Sample, posts: list[dict[str, Any]], seed: int) -> dict
         return {"reason": f"the label of {', '.join(map(visible, unclear[:3]))} is not known"}
     positive = sample.labels[sample.positive]
     says = {kind: positive in labels for kind, labels in labels_of.items()}
-    model = sample.decided(next(iter(sample.predicted))) == sample.positive
-    rows, used = [], []
+    model = (sample.decided(next(iter(sample.predicted))) == sample.positive).tolist()
+    rows = []
     for index, post in enumerate(posts):
         votes = [says[vote] for vote in post["votes"]]
         row = [[[0, 0], [0, 0]], [[0, 0], [0, 0]]]  # who, the others, the answer
@@ -5275,7 +5277,6 @@ def build_people(sample: Sample, posts: list[dict[str, Any]], seed: int) -> dict
                 row[1][reference][model[index]] += 1
         if len(votes) > 1:
             rows.append(np.ravel(row))
-            used.append(index)
     if not rows or not np.sum(rows):
         return {"reason": "no post has votes that others can judge"}
     cells = build_cells(np.array(rows))
@@ -5816,12 +5817,16 @@ def name_output(
         return name, Path(args.output_dir).expanduser().resolve()
     if adapter and adapter.folder:
         return name, adapter.folder / "eval" / name
+    if args.predictions:
+        return name, Path("hsd-eval", name).resolve()
     subject = adapter.name if adapter else args.model_name_or_path
     return name, Path("hsd-eval", Path(subject.partition("@")[0]).name, name).resolve()
 
 
 def name_posts(args: argparse.Namespace, contract: dict[str, Any]) -> list[str]:
     """What is scored, as words of a name: the split, a file, or another dataset's split."""
+    if args.predictions:
+        return ["predictions", Path(args.predictions).stem]
     if args.test_file:
         return ["file", Path(args.test_file).stem]
     if args.input:
@@ -6122,7 +6127,7 @@ def build_plots(
 ) -> list[tuple[str, str, Any, tuple[float, float]]]:
     """The report's plots, those whose figures there are."""
     positive, negative = visible(metrics["positive_label"]), visible(metrics["negative"])
-    groups, varied = metrics["strategies"][0]["groups"], sample.varied
+    groups, varied = filled_groups(metrics), sample.varied
     drawn = [one for one in metrics["strategies"] if one["name"] in varied]
     height = 1.1 + len(groups) * (0.12 + 0.16 * max(2, len(drawn)))
     plots: list[tuple[str, str, Any, tuple[float, float]]] = []
@@ -6168,13 +6173,19 @@ def heat_map(functional: dict[str, Any], place: int) -> Callable[[Any], None]:
     return lambda axis: plot_functional([axis], one)
 
 
+def filled_groups(metrics: dict[str, Any]) -> list[str]:
+    """The groups, and the row of the posts aimed at none where there are such."""
+    groups = metrics["strategies"][0]["groups"]
+    return [name for name, one in groups.items() if name != NO_TARGET or one["n_total"]]
+
+
 def whiskers(
     metrics: dict[str, Any], drawn: list[dict[str, Any]], key: str
 ) -> Callable[[Any], None]:
     """Dots with 95 % whiskers: a row per group, in it a mark per strategy."""
 
     def paint(axis: Any) -> None:
-        groups = list(metrics["strategies"][0]["groups"])
+        groups = filled_groups(metrics)
         for place, one in enumerate(drawn):
             colour = MODEL_COLOURS[one["kind"]]
             for row, group in enumerate(groups):
@@ -6424,9 +6435,7 @@ def group_table(metrics: dict[str, Any], strategies: list[dict[str, Any]]) -> li
     positive = metrics["positive_label"]
     keys = ("false_positive_rate", "false_negative_rate", "precision", f1_name(metrics), "roc_auc")
     rows = [["target group", "posts", visible(positive), "strategy", *map(title_of, keys)]]
-    for group, found in metrics["strategies"][0]["groups"].items():
-        if group == NO_TARGET and not found["n_total"]:
-            continue
+    for group in filled_groups(metrics):
         for strategy in strategies:
             figures = strategy["groups"][group]
             if figures is None or (figures["n"] == 0 and strategy["kind"] == "baseline"):
@@ -6687,7 +6696,7 @@ def describe_gaps(metrics: dict[str, Any], model: dict[str, Any]) -> list[str]:
             )
             continue
         out = [
-            f"{visible(group)} ({shown_difference(rate, one['vs_rest'], 'p_holm')} against the rest)"
+            f"{visible(group)} ({shown_difference(rate, one['vs_rest'], 'p_holm')} to the rest)"
             for group, one in gap["groups"].items()
             if one["significant"]
         ]
