@@ -299,6 +299,8 @@ def check_report_flags(args: argparse.Namespace) -> None:
         fail("--profile is of an adapter; leave it out.")
     if args.identity_terms and not args.identity_swap:
         fail("--identity_terms is for --identity_swap, which is not given.")
+    if args.identity_terms:
+        read_identity_terms(args.identity_terms)
     read_card_fields(args.card_fields)
     if args.report_to is None:
         args.report_to = "wandb" if os.environ.get("WANDB_API_KEY") else "none"
@@ -418,7 +420,7 @@ def main(argv: list[str] | None = None) -> None:
         return
     strategies = answer_strategies(args, task, posts, training, no_training)
     strategies[1:1] = [align_run(run, posts) for run in against]
-    metrics, sample = build_metrics(args, task, posts, strategies, probes)
+    metrics, sample = build_metrics(args, task, posts, strategies, probes, profile)
     record |= build_record(args, contract, [adapter, base, dataset], task, metrics)
     record |= {"name": name, "key": key, "device": device_name(device), "profile": profile}
     record |= {"dtype": setup.dtype, "world_size": world.size}
@@ -603,9 +605,12 @@ def align_run(run: Run, posts: list[dict[str, Any]], kind: str = "against") -> A
 
 
 def against_name(run: Run) -> str:
-    """What a run of --against is called in the tables: its adapter, file or strategy."""
-    place = run.origin.partition("@")[0].rstrip("/")
-    return f"{Path(place).stem}:{run.name}" if Path(place).suffix else Path(place).name
+    """What a run of --against is called: its adapter and evaluation, or its file and strategy."""
+    adapter = run.record.get("adapter") or run.record.get("base_model")
+    if adapter:
+        return f"{adapter['repo'].split('/')[-1]}/{run.record['name']}"
+    stem = Path(run.origin.rstrip("/")).stem
+    return stem if stem == run.name else f"{stem}:{run.name}"
 
 
 # --- what is scored --------------------------------------------------------------------------
@@ -3728,6 +3733,7 @@ def build_metrics(
     posts: list[dict[str, Any]],
     strategies: list[Answers],
     probes: Probes | None = None,
+    profile: dict[str, Any] | None = None,
 ) -> tuple[dict[str, Any], Sample]:
     """Everything that metrics.json holds, and the arrays that it was computed from.
 
@@ -3767,9 +3773,33 @@ def build_metrics(
         "people": build_people(sample, posts, args.seed),
         "sweep": None if sample.scores[model] is None or not binary else build_sweep(sample, model),
     }
+    metrics["profile"] = profile and build_loads(sample, model, profile)
     metrics |= report_probes(args, task, posts, members, probes)
     metrics["gates"] = judge(metrics, expand_requirements(args.require or [], metrics), args.strict)
     return metrics, sample
+
+
+def build_loads(sample: Sample, strategy: str, profile: dict[str, Any]) -> dict[str, Any]:
+    """How many posts the profile allows, gives to people, and acts on: of all and per group."""
+    import numpy as np
+
+    scores = sample.scores[strategy]
+    act = math.inf if profile["act"] is None else profile["act"]
+    review = act if profile["review"] is None else profile["review"]
+    parts = {"allow": scores < review, "review": (scores >= review) & (scores < act)}
+    parts["act"] = scores >= act
+    places = {"overall": np.ones(len(scores), dtype=bool), **sample.members}
+    cuts = {key: profile[key] for key in ("name", "temperature", "threshold", "review", "act")}
+    return cuts | {
+        "places": {
+            place: {
+                part: share(int((some & posts).sum()), int(posts.sum()), "no posts")
+                for part, some in parts.items()
+            }
+            for place, posts in places.items()
+            if posts.any()
+        }
+    }
 
 
 def with_own_names(strategies: list[Answers]) -> list[Answers]:
@@ -5008,6 +5038,8 @@ class Probes:
 def build_probes(args: argparse.Namespace, task: Task, posts: list[dict[str, Any]]) -> Probes:
     """The texts that --evasion and --identity_swap ask for; none without them."""
     probes = Probes([], [], [], {}, [])
+    if (args.evasion or args.identity_swap) and len(task.labels) > 2:
+        fail("--evasion and --identity_swap are for two labels; leave them out.")
     if args.evasion:
         probes.perturbed = build_perturbed(posts, task.positive, args.seed)
     if args.identity_swap:
@@ -5025,14 +5057,9 @@ def build_probes(args: argparse.Namespace, task: Task, posts: list[dict[str, Any
 
 
 def post_with_text(post: dict[str, Any], text: str) -> dict[str, Any]:
-    """A post with another text, in the prompt that its dataset brings too."""
-    messages = post.get("prompt")
-    if messages:
-        messages = [
-            {**message, "content": message["content"].replace(post["text"], text)}
-            for message in messages
-        ]
-    return {**post, "text": text, "prompt": messages}
+    """A post with another text; its question is written anew from the prompt."""
+    persona = post.get("columns", {}).get("persona")
+    return {**post, "text": text, "prompt": None, "persona": persona}
 
 
 def score_probes(
@@ -5141,17 +5168,26 @@ def build_slices(
             continue
         kept = [value for value, _ in counts.most_common(MOST_SLICES)]
         slices[name] = {
-            value: build_figures(sample, model, np.array([one == value for one in values]))
+            value: slice_figures(sample, model, np.array([one == value for one in values]))
             for value in sorted(kept)
         }
     together = {}
     for first, second in itertools.combinations(sample.groups, 2):
         both = sample.members[first] & sample.members[second]
         if both.sum() >= MIN_DENOMINATOR:
-            together[f"{first} and {second}"] = build_figures(sample, model, both)
+            together[f"{first} and {second}"] = slice_figures(sample, model, both)
     if together:
         slices["groups together"] = together
     return slices
+
+
+def slice_figures(sample: Sample, strategy: str, posts: Any) -> dict[str, Any]:
+    """Those of `build_figures` that have an interval without resampling."""
+    figures = build_figures(sample, strategy, posts)
+    positive = sample.labels[sample.positive]
+    rates = ("accuracy", "precision", "recall", "false_positive_rate", "false_negative_rate")
+    kept = ("n", "n_total", "n_unparsed", "labels", *CONFUSION, *rates, f"f1_{positive}")
+    return {key: figures[key] for key in kept}
 
 
 def build_prevalence(
@@ -5219,28 +5255,17 @@ def build_offensive_rules(
     if not offensive.any() or len(sample.labels) != 2:
         return None
     model = next(iter(sample.predicted))
-    places = {"overall": np.ones(len(posts), dtype=bool), **sample.members}
+    places = {"overall": np.ones(len(posts), dtype=bool)}
+    places |= {group: some for group, some in sample.members.items() if some.any()}
     positive, negative = sample.positive, 1 - sample.positive
     rules = {}
     for rule, label in ((sample.labels[negative], negative), (sample.labels[positive], positive)):
         one = replace(sample, truth=np.where(offensive, label, sample.truth))
-        rules[rule] = {place: build_figures(one, model, some) for place, some in places.items()}
+        rules[rule] = {place: slice_figures(one, model, some) for place, some in places.items()}
     rules["dropped"] = {
-        place: build_figures(sample, model, some & ~offensive) for place, some in places.items()
+        place: slice_figures(sample, model, some & ~offensive) for place, some in places.items()
     }
-    return {
-        rule: {
-            place: {
-                key: figures[key]
-                for key in (
-                    *("n", "accuracy", "false_positive_rate", "false_negative_rate"),
-                    f"f1_{sample.labels[positive]}",
-                )
-            }
-            for place, figures in places_.items()
-        }
-        for rule, places_ in rules.items()
-    }
+    return rules
 
 
 def build_people(sample: Sample, posts: list[dict[str, Any]], seed: int) -> dict[str, Any]:
@@ -6115,6 +6140,8 @@ def page_svg(text: str, prefix: str, label: str) -> str:
     text = re.sub(r'\bid="', f'id="{prefix}', text)
     text = re.sub(r'(href="|url\()#', rf"\1#{prefix}", text)
     text = re.sub(r"font: ([\d.]+px)[^;\"]*", r"font-size: \1", text)
+    text = re.sub(r' transform="rotate\(-0 [^)]*\)"', "", text)
+    text = re.sub(r"(\d+\.\d\d)\d+", r"\1", text)
     for colour, name in PAGE_COLOURS.items():
         text = text.replace(colour, f"var({name})")
     text = re.sub(r"\s*\n\s*", "\n", text)
@@ -6530,7 +6557,7 @@ def unparsed_table(metrics: dict[str, Any]) -> list[list[str]]:
 
 def slice_tables(metrics: dict[str, Any]) -> list[tuple[str, list[list[str]]]]:
     """The model's figures by each column that posts were sliced by: its name and its table."""
-    keys = ("false_positive_rate", "false_negative_rate", f1_name(metrics), "roc_auc")
+    keys = ("accuracy", "false_positive_rate", "false_negative_rate", f1_name(metrics))
     tables = []
     for column, parts in metrics["slices"].items():
         rows = [[visible(column), "posts", *map(title_of, keys)]]
@@ -6585,6 +6612,16 @@ def human_table(metrics: dict[str, Any]) -> list[list[str]]:
     return rows
 
 
+def load_table(metrics: dict[str, Any]) -> list[list[str]]:
+    """What the profile leaves to people, header first; or no rows."""
+    rows = [["posts of", "posts", "allowed", "for review", "acted on"]]
+    for place, parts in (metrics["profile"] or {"places": {}})["places"].items():
+        cells = [shown("flag_rate", parts[part]) for part in ("allow", "review", "act")]
+        name = "all" if place == "overall" else visible(place)
+        rows.append([name, str(parts["allow"]["n"]), *cells])
+    return rows if len(rows) > 1 else []
+
+
 def evasion_table(metrics: dict[str, Any]) -> list[list[str]]:
     """Recall before and after each way of evading, header first; or no rows."""
     rows = [["change", "posts of", "posts", "recall before", "recall after", "recall lost"]]
@@ -6592,7 +6629,8 @@ def evasion_table(metrics: dict[str, Any]) -> list[list[str]]:
         places = {"all": figures, **figures["groups"]}
         for place, one in places.items():
             cells = [shown("recall", one[key]) for key in ("recall_before", "recall_after")]
-            lost = shown_difference("recall", one["recall_lost"], "p_holm")
+            away = one["recall_lost"] | {"p_holm": one.get("p_holm")}
+            lost = shown_difference("recall", away, "p_holm")
             n = str(one["recall_before"]["n"])
             rows.append([visible(kind), visible(place), n, *cells, lost])
     return rows if len(rows) > 1 else []
@@ -6887,6 +6925,12 @@ def build_sections(metrics: dict[str, Any]) -> list[dict[str, Any]]:
             for name, rows in slice_tables(metrics)
         ),
         (
+            "Review load of the profile",
+            "Posts below the review cut-off are allowed, from the act cut-off on the detector "
+            "acts, and people see those between.",
+            load_table(metrics),
+        ),
+        (
             "Evasion",
             "Posts of the positive label, changed as people change them to pass a filter; recall "
             "of the same posts before and after.",
@@ -6967,13 +7011,16 @@ def list_errors(posts: list[dict[str, Any]], task: Task, with_text: bool) -> lis
 
 
 def describe_error(error: dict[str, Any], positive: str) -> dict[str, str]:
-    """An error as the page lists it: a line about it, and its text where there is one."""
+    """An error as the page lists it, with its text where there is one."""
     p = error[f"p_{positive}"]
-    parts = [f"{error['error']}, labelled {visible(error['label'])}"]
-    parts += [] if p is None else [f"p {p:.3f}"]
-    parts += [visible(error["target_groups"])] if error["target_groups"] else []
-    line = {"line": f"{visible(error['id'])}: {', '.join(parts)}"}
-    return line | ({"text": visible(error["text"], 5000)} if "text" in error else {})
+    cells = {
+        "id": visible(error["id"]),
+        "error": error["error"],
+        "label": visible(error["label"]),
+        "p": "" if p is None else f"{p:.3f}",
+        "groups": visible(error["target_groups"].replace("|", ", ")),
+    }
+    return cells | ({"text": visible(error["text"], 5000)} if "text" in error else {})
 
 
 def text_table(rows: list[list[str]]) -> list[str]:
@@ -7079,7 +7126,7 @@ PAGE = """{% macro figure(cell) -%}
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--paper); color: var(--ink);
   font: 16px/1.5 system-ui, "Segoe UI", Roboto, sans-serif; }
-main { max-width: 72rem; margin: 0 auto; padding: 2.5rem 1.25rem 4rem; }
+main { max-width: 78rem; margin: 0 auto; padding: 2.5rem 1.25rem 4rem; }
 h1 { margin: 0; font-size: 1.7rem; line-height: 1.25; overflow-wrap: anywhere; }
 h2 { margin: 2.75rem 0 .75rem; font-size: 1.2rem; }
 h3 { margin: 0; font-size: 1rem; }
@@ -7094,7 +7141,7 @@ a { color: var(--model); }
 :focus-visible { outline: 2px solid var(--model); outline-offset: 2px; }
 table { width: 100%; border-collapse: collapse; font-size: .88rem;
   font-variant-numeric: tabular-nums; }
-th, td { padding: .4rem .9rem .4rem 0; border-bottom: 1px solid var(--line); text-align: left;
+th, td { padding: .4rem .8rem .4rem 0; border-bottom: 1px solid var(--line); text-align: left;
   vertical-align: baseline; }
 thead th { color: var(--soft); font-weight: 600; }
 tbody th { font-weight: 600; }
@@ -7111,7 +7158,9 @@ figure { margin: 0; overflow-x: auto; }
 figure.wide { grid-column: 1 / -1; }
 svg { display: block; width: 100%; min-width: 20rem; max-width: 46rem; height: auto; }
 svg text { font-family: system-ui, "Segoe UI", Roboto, sans-serif; }
-details { margin: .25rem 0; }
+details { margin: .25rem 0; font-weight: 400; }
+.errors th, .errors td { vertical-align: top; }
+.errors th { white-space: normal; }
 summary { cursor: pointer; }
 details p { margin: .4rem 0 .4rem 1rem; overflow-wrap: anywhere; white-space: pre-wrap; }
 li { max-width: 46rem; margin: .35rem 0; }
@@ -7206,13 +7255,17 @@ low where harmless posts about the group score high. BNSP: the other way round (
 <p class="soft">The {{ errors | length }} most confident of {{ all_errors }}; errors.csv has all.
 {% if errors[0].text is defined %}Posts are offensive; each is shown when it is opened.{% else %}
 Posts are named by id only.{% endif %}</p>
+<div class="scroll" tabindex="0" role="group" aria-label="errors"><table class="figures errors">
+<thead><tr><th scope="col">post</th><th scope="col">error</th><th scope="col">labelled</th>
+<th scope="col">p</th><th scope="col">target groups</th></tr></thead>
+<tbody>
 {% for error in errors %}
-{% if error.text is defined %}
-<details><summary>{{ error.line }}</summary><p>{{ error.text }}</p></details>
-{% else %}
-<p class="soft">{{ error.line }}</p>
-{% endif %}
+<tr><th scope="row">{{ error.id }}
+{%- if error.text is defined %}<details><summary>text</summary><p>{{ error.text }}</p></details>
+{%- endif %}</th><td>{{ error.error }}</td><td>{{ error.label }}</td><td>{{ error.p }}</td>
+<td>{{ error.groups }}</td></tr>
 {% endfor %}
+</tbody></table></div>
 {% endif %}
 
 <h2>What these figures do not say</h2>
