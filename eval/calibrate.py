@@ -313,6 +313,11 @@ def check_same_model(
             fail(f"{side.name} is no evaluation of an adapter (stage {record.get('stage')!r}).")
         if record.get("base_only"):
             fail(f"{side.name} is an evaluation of the base model alone (--base_only).")
+        if record.get("profile"):
+            fail(
+                f"{side.name} was decided by a profile, so its probabilities are calibrated "
+                "already. Give the evaluation without --profile."
+            )
         trained = record.get("training") or {}
         differing = [key for key in keys if trained.get(key) != now.get(key)]
         evaluated = evaluated_weights(adapter, record)
@@ -376,6 +381,12 @@ def choose_fit_posts(
     fraction = training.get("calibration_fraction")
     account = {"posts_of_evaluation": total, "calibration_fraction": fraction}
     account["used_by_early_stopping"] = False
+    dataset, trained_on = posts.record.get("dataset") or {}, contract.get("dataset") or {}
+    account["another_build_than_training"] = (
+        dataset.get("repo") is not None
+        and dataset.get("repo") == trained_on.get("repo")
+        and dataset.get("revision") != trained_on.get("revision")
+    )
     if training.get("early_stopping") is False:
         print(f"{posts.name}: early stopping was off, so all {total} posts are free", flush=True)
         return posts, account
@@ -389,7 +400,11 @@ def choose_fit_posts(
             )
         print(f"warning: {USED_POSTS}", flush=True)
         return posts, account | {"used_by_early_stopping": True}
-    held = held_back_ids(posts.ids, fraction)
+    # Which post of a tiny split changed sides can be told only from the whole split.
+    whole = posts.record and not (posts.record.get("arguments") or {}).get("max_samples")
+    held = {name for name in posts.ids if is_held_back(name, fraction)}
+    if whole:
+        held = held_back_ids(posts.ids, fraction)
     chosen = np.array([name in held for name in posts.ids])
     print(
         f"{posts.name}: {chosen.sum()} of {total} posts were kept from early stopping "
@@ -477,6 +492,12 @@ def fit_profile(args: argparse.Namespace, fit: Scored) -> Fitted:
         reasons["temperature"] = reason
     p = apply_temperature(fit.scores, temperature)
     threshold = choose_threshold(args.objective, args.strict, p, fit.truth, fit.members)
+    flagged = p >= threshold
+    if flagged.all() or not flagged.any():
+        reasons["threshold"] = (
+            f"flags {'every' if flagged.all() else 'no'} fit post: best for the objective, and no "
+            "use as a detector"
+        )
     review, reason = choose_review(args.review_fnr, args.strict, p, fit.truth, threshold)
     if reason:
         reasons["review"] = reason
@@ -855,21 +876,21 @@ def build_profile(
     weights: dict[str, Any],
 ) -> dict[str, Any]:
     """What decisions.json holds of a profile: cut-offs, where they come from, what they do."""
-    measured, shown_cuts = {}, {}
+    measured, price = {}, None
     for use, posts in (("fit", fit), ("apply", reported)):
         p = apply_temperature(posts.scores, fitted.temperature)
         flagged = p >= fitted.threshold
         ways = dict(zip(PHASES, ((posts.scores, posts.scores >= 0.5), (p, flagged)), strict=True))
         measured[use] = measure(posts, ways, args.seed)
-        if fitted.group_cuts:
+        if fitted.group_cuts and use == "apply":
             cut = cut_of_posts(posts.members, fitted.group_cuts, fitted.threshold, len(p))
             ways = {"one_threshold": (p, flagged), "own_cuts": (p, p >= cut)}
-            shown_cuts[use] = price_of(measure(posts, ways, args.seed))
+            price = price_of(measure(posts, ways, args.seed))
         measured[use]["decisions"] = {
             place: count_decisions(p[inside], posts.truth[inside], fitted)
             for place, inside in posts.places.items()
         }
-    return {
+    profile = {
         "name": args.profile,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "script": SCRIPT,
@@ -899,9 +920,21 @@ def build_profile(
             "reason": GROUP_CUTS_REASON,
             "method": GROUP_CUTS_METHOD,
             "cuts": fitted.group_cuts or None,
-            "price": shown_cuts or None,
+            "price_on_apply": price,
         },
     }
+    return without_empty_reasons(profile)
+
+
+def without_empty_reasons(value: Any) -> Any:
+    """The same without `reason` where a figure is defined: it says nothing there."""
+    if isinstance(value, dict):
+        return {
+            key: without_empty_reasons(item)
+            for key, item in value.items()
+            if not (key == "reason" and item is None)
+        }
+    return value
 
 
 def price_of(measured: dict[str, Any]) -> dict[str, Any]:
@@ -1063,7 +1096,7 @@ def list_profiles(adapter: Repo, profiles: dict[str, Any]) -> None:
 
 
 def cut_text(value: float | None) -> str:
-    return "none" if value is None else f"{value:.4f}"
+    return "none" if value is None else f"{value:.5g}"
 
 
 def store_profile(args: argparse.Namespace, adapter: Repo, profile: dict[str, Any]) -> None:
@@ -1262,7 +1295,7 @@ def own_cut_rows(profile: dict[str, Any]) -> list[list[str]]:
     shown_cuts = profile["per_group_shown"]
     if not shown_cuts["cuts"]:
         return [["none", profile["reasons"].get("per_group_shown", "")]]
-    price = shown_cuts["price"]["apply"]
+    price = shown_cuts["price_on_apply"]
     ways = ("one_threshold", "own_cuts")
     rates = ("false_positive_rate", "false_negative_rate")
     rows = [["group (apply posts)", "cut-off", *(key.replace("_", " ") for key in rates)]]
@@ -1290,6 +1323,11 @@ def remarks(profile: dict[str, Any]) -> list[str]:
         lines.append(f"Warning. {USED_POSTS}")
     if not profile["weights"]["proved_for_both_evaluations"]:
         lines.append("Warning. Predictions from files: nothing proves that both are of one model.")
+    if profile["fitted_on"]["another_build_than_training"]:
+        lines.append(
+            "Warning. The posts fitted on are of another commit of the dataset than the training "
+            "was on: some may have been trained on."
+        )
     if profile["applied_to"]["split"] == "validation":
         lines.append(
             "Warning. The posts reported on are of the validation split, which training "
@@ -1546,7 +1584,7 @@ def intervals(
     n, size = int(counts.sum()), len(counts)
     if n == 0:
         return {}
-    figures = statistic(counts[None].astype(np.float32))
+    figures = statistic(counts[None].astype(np.float64))
     point = {name: values[0] for name, values in figures.items() if np.isfinite(values[0])}
     if not point:
         return {}

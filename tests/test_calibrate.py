@@ -409,7 +409,7 @@ def test_profiles_are_added_replaced_listed_and_removed(
     calibrate.main([*flags, "--profile", "a", "--objective", "fpr_gap"])
     now = decisions(adapter)["profiles"]["a"]
     printed = capsys.readouterr().out
-    assert f"threshold {first['threshold']:.4f} -> {now['threshold']:.4f}" in printed
+    assert f"threshold {first['threshold']:.5g} -> {now['threshold']:.5g}" in printed
     assert "objective f1 -> fpr_gap" in printed
     calibrate.main([*flags, "--list"])
     listed = capsys.readouterr().out
@@ -537,6 +537,7 @@ def test_nothing_is_reported_that_was_fitted(
         ({"rendering": {"max_length": 512}}, "different renderings"),
         ({"adapter": {"repo": "bob/x", "kind": "model", "revision": None}}, "different adapters"),
         ({"base_only": True}, "base model alone"),
+        ({"profile": {"name": "a"}}, "calibrated already"),
         ({"adapter": None}, "no evaluation of an adapter"),
     ],
 )
@@ -610,6 +611,36 @@ def test_posts_that_allow_no_fit_are_named(
         [row | {"id": number} for number, row in enumerate(rows, start=1)]
     )
     assert "no post that was kept" in fail_with([rows[0]])
+
+
+def test_of_a_part_of_the_split_no_post_changes_sides(
+    calibrate: ModuleType, adapter: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """Alone, posts that early stopping used look like a tiny split of which one is kept."""
+    held = calibrate.held_back_ids([f"v{n}" for n in range(900)], 0.5)
+    used = [row for row in made_rows("v", 900, 1) if row["id"] not in held][:5]
+    assert calibrate.held_back_ids([row["id"] for row in used], 0.5)
+    write_evaluation(adapter, "validation", used, arguments={"mode": "score", "max_samples": 5})
+    write_evaluation(
+        adapter, "test", made_rows("t", 9, 2), arguments={"mode": "score", "max_samples": 5}
+    )
+    assert "no post that was kept" in refusal(calibrate, capsys, "--adapter", adapter)
+
+
+def test_another_build_of_the_dataset_and_a_useless_threshold_are_said(
+    calibrate: ModuleType, adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    contract = json.loads((adapter / "contract.json").read_text())
+    contract["dataset"] = {"repo": "alice/data", "kind": "dataset", "revision": "e" * 40}
+    (adapter / "contract.json").write_text(json.dumps(contract))
+    rows = [
+        row | {"p_hate": 0.6 if row["label"] == "hate" else 0.9} for row in made_rows("v", 900, 1)
+    ]
+    write_evaluation(adapter, "validation", rows)
+    calibrate.main(["--adapter", str(adapter)])
+    printed = capsys.readouterr().out
+    assert "another commit of the dataset" in printed
+    assert "flags every fit post" in printed
 
 
 def test_a_missing_evaluation_is_named_with_its_command(
