@@ -88,7 +88,7 @@ SEEDS = {"seed", "data_seed"}
 # How posts are scored: runs of one recipe have these in common, too.
 EVALUATION_SETTINGS = (
     *("base_only", "mode", "threshold", "prompt", "max_length", "dtype", "load_in_4bit"),
-    *("keep_mxfp4", "max_samples"),
+    *("keep_mxfp4", "max_samples", "profile"),
 )
 # What recipes are compared by, and its words.
 POOLED = {
@@ -131,13 +131,13 @@ def build_comparison_parser() -> Parser:
         *("--require",),
         nargs="+",
         action=Collect,
-        help="such as 'f1>=0.62', 'lgbtq.fpr<=0.4', 'gap.fpr<=0.1', 'vs_1.f1>=0'; repeatable",
+        help="f1>=0.62, lgbtq.fpr<=0.4, gap.fpr<=0.1, vs_1.f1>=0; repeatable",
     )
     gates.add_argument("--strict", **switch, help="test the bad end of the interval")
     files = parser.add_argument_group("files of predictions")
     files.add_argument("--labels", nargs="+", default=LABELS, help="with a comma between them")
     files.add_argument("--positive_label", default=POSITIVE_LABEL)
-    files.add_argument("--label_map", type=json_object, help='names: {"theirs": "hate"}')
+    files.add_argument("--label_map", type=json_mapping, help='names: {"theirs": "hate"}')
     files.add_argument("--threshold", type=float, default=0.5, help="where there are only scores")
     for name in COLUMNS:
         files.add_argument(f"--{name}_column", help=f"column of the {name} (found by its name)")
@@ -159,17 +159,6 @@ class Collect(argparse.Action):
     ) -> None:
         earlier = getattr(namespace, self.dest)
         setattr(namespace, self.dest, (*(earlier if isinstance(earlier, tuple) else ()), *values))
-
-
-def json_object(text: str) -> dict[str, str]:
-    """A JSON object of names."""
-    try:
-        value = json.loads(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{text!r} is not JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise argparse.ArgumentTypeError(f"{text!r} is no JSON object")
-    return {str(key): str(name) for key, name in value.items()}
 
 
 def split_runs(parser: Parser, words: list[str]) -> tuple[list[str], list[str]]:
@@ -209,6 +198,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args.require = list(args.require or ())
     for text in args.require:
         parse_requirement(text)
+    if args.strict and not args.require:
+        fail("--strict makes --require stricter; there is none.")
     pooled = [one for pool in args.pool for one in pool]
     for one in [*runs, *pooled]:
         if runs.count(one) > 1 or pooled.count(one) > 1 or not one:
@@ -725,9 +716,7 @@ def name_insufficient(one: dict[str, Any]) -> list[dict[str, Any]]:
 
 def describe_insufficient(few: list[dict[str, Any]]) -> list[str]:
     """The groups' rates that nothing is concluded from, named with their posts."""
-    words = ", ".join(
-        f"{place_words(one['group'], one['figure'])} ({one['n']} posts)" for one in few
-    )
+    words = ", ".join(f"{place_words(one['group'], one['figure'])} (n = {one['n']})" for one in few)
     return [f"Insufficient, with fewer than {MIN_DENOMINATOR} posts: {words}."] if few else []
 
 
@@ -749,9 +738,14 @@ def describe_claims(claims: list[dict[str, Any]]) -> str:
         by = points_words(claim["points"], claim["low"], claim["high"])
         sides.setdefault((claim["better"], claim["worse"]), []).append(f"on {what} by {by}")
     return "; ".join(
-        f"{visible(better)} is better than {visible(worse)} {' and '.join(parts)}"
+        f"{visible(better)} is better than {visible(worse)} {join_words(parts)}"
         for (better, worse), parts in sides.items()
     )
+
+
+def join_words(parts: list[str]) -> str:
+    """`a`, `a and b`, `a, b and c`."""
+    return " and ".join([", ".join(parts[:-1]), parts[-1]] if len(parts) > 1 else parts)
 
 
 def describe_pair(
@@ -777,7 +771,7 @@ def describe_pair(
         words += "."
     shared = [item for item in recipes if {one["first"], one["second"]} <= {*item.runs}]
     if shared:
-        words += " They are two seeds of one recipe."
+        words += " Both are seeds of one recipe: such a difference comes of the seed alone."
     return {
         **{key: one[key] for key in ("first", "second", "n", "changed")},
         "claims": claims,
@@ -987,14 +981,21 @@ def comparison_sections(comparison: dict[str, Any]) -> list[Section]:
     differ = any(one["claims"] for one in comparison["verdicts"])
     if differ and not comparison["recipe_comparisons"]:
         sentences.append(
-            "That is said of these checkpoints only: to call a recipe better, train each with "
-            "several seeds."
+            "What is said of checkpoints is no verdict on recipes: to call a recipe better, train "
+            "each with several seeds."
         )
     return [
         Section("Verdict", sentences),
         *requirement_section(comparison),
         Section("Posts", [describe_shared_posts(metrics), *comparison["notes"]]),
-        Section("Runs", [], run_table(comparison)),
+        Section(
+            "Runs",
+            [
+                "FPR, FNR of a group: percent of its posts of the other and of the positive label; "
+                f"few: fewer than {MIN_DENOMINATOR} posts. Intervals stand in the next table."
+            ],
+            run_table(comparison),
+        ),
         Section("Error rates per target group", [], rate_table(metrics)),
         *[replace(one, printed=len(pairs) <= MOST_PRINTED_PAIRS) for one in pairs],
         *recipe_sections(comparison),
@@ -1024,16 +1025,20 @@ def describe_shared_posts(metrics: dict[str, Any]) -> str:
 
 
 def run_table(comparison: dict[str, Any]) -> list[list[str]]:
-    """A row per run: its figures, what it cost, and what changed in its training."""
+    """A row per run: its figures, those of each group in short, its cost, what changed in it."""
     metrics = comparison["metrics"]
     positive = metrics["positive_label"]
+    groups = [*metrics["strategies"][0]["groups"]]
     header = ["run", f"F1 {visible(positive)}", "accuracy", "false positive rate"]
-    header += ["false negative rate", "AUROC", "dollars", "evaluations of these posts"]
-    rows = [[*header, "arguments that differ", "recipe"]]
+    header += ["false negative rate", "AUROC"]
+    header += [place_words(group, "FPR, FNR") for group in groups]
+    header += ["dollars", "evaluations of these posts", "arguments that differ", "recipe"]
+    rows = [header]
     names = (f"f1_{positive}", "accuracy", "false_positive_rate", "false_negative_rate", "roc_auc")
     for run, strategy in zip(comparison["runs"], metrics["strategies"], strict=True):
         figures = figures_at(strategy, "overall")
         cells = [percent_words(figures[name]) for name in names]
+        cells += [short_rates(figures_at(strategy, group)) for group in groups]
         dollars, reads = run["dollars"], run["test_reads"]
         cells += ["not recorded" if dollars is None else f"at least {dollars:.2f}"]
         cells += ["not recorded" if reads is None else str(reads)]
@@ -1045,11 +1050,17 @@ def run_table(comparison: dict[str, Any]) -> list[list[str]]:
     # A column that says nothing of any run only widens the table.
     idle = {"not recorded", ""}
     kept = [
-        column
-        for column in range(len(rows[0]))
-        if column < 5 or any(row[column] not in idle for row in rows[1:])
+        column for column in range(len(header)) if any(row[column] not in idle for row in rows[1:])
     ]
     return [[row[column] for column in kept] for row in rows]
+
+
+def short_rates(figures: dict[str, Any]) -> str:
+    """False positive and false negative rate in percent; `few` for too few posts."""
+    rates = (figures[name] for name in ("false_positive_rate", "false_negative_rate"))
+    return ", ".join(
+        "few" if rate["n"] < MIN_DENOMINATOR else f"{100 * rate['value']:.1f}" for rate in rates
+    )
 
 
 def rate_table(metrics: dict[str, Any]) -> list[list[str]]:
@@ -1332,6 +1343,17 @@ def requirement_table(verdicts: list[dict[str, Any]]) -> list[list[str]]:
     return rows
 
 
+def json_mapping(text: str) -> dict[str, str]:
+    """A JSON object of texts, as a flag's value."""
+    try:
+        found = json.loads(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise argparse.ArgumentTypeError(f"{text!r} is no JSON object")
+    return {str(key): str(value) for key, value in found.items()}
+
+
 # --- statistics ------------------------------------------------------------------------------
 
 RESAMPLES = 10_000
@@ -1458,7 +1480,8 @@ def intervals(
     times, which differs only in how many there are (Chamandy et al. 2012). All figures come from
     the same draws, so a difference of two is a paired one. Returns `value`, `low` and `high` for
     each name that has a value; both ends are None where less than nine tenths of the draws have
-    the figure, or where they all agree and say nothing of how far it could move.
+    the figure, or where they all agree and say nothing of how far it could move. Names that end
+    in "ece" get the interval of `bias_corrected`.
     """
     import numpy as np
 
@@ -1466,7 +1489,7 @@ def intervals(
     n, size = int(counts.sum()), len(counts)
     if n == 0:
         return {}
-    figures = statistic(counts[None].astype(np.float32))
+    figures = statistic(counts[None].astype(np.float64))
     point = {name: values[0] for name, values in figures.items() if np.isfinite(values[0])}
     if not point:
         return {}
@@ -1490,9 +1513,13 @@ def intervals(
             parts.append(np.stack([figures[name] for name in point]))
         return np.concatenate(parts, axis=1)
 
-    ends = bca(
-        np.array([*point.values()]), compute(draw, resamples), compute(leave_one_out, size), counts
+    values = np.array([*point.values()])
+    drawn, left = compute(draw, resamples), compute(leave_one_out, size)
+    biased = np.array([name[-1] == "ece" for name in point])
+    ends = zip(
+        bca(values, drawn, left, counts), bias_corrected(values, drawn, left, counts), strict=True
     )
+    ends = [np.where(biased, corrected, end) for end, corrected in ends]
     return {
         name: {"value": float(point[name])}
         | {
@@ -1503,39 +1530,138 @@ def intervals(
     }
 
 
-def bca(point: Any, drawn: Any, without_one: Any, counts: Any) -> tuple[Any, Any]:
-    """The ends of 95 % BCa intervals; nan where there is none.
+def jackknife(without_one: Any, counts: Any) -> tuple[Any, Any, Any]:
+    """How far each post moves a figure, (k, cells); their sum of squares and its z, each (k,).
 
-    Shapes: `point` (k,), `drawn` (k, resamples), `without_one` (k, cells): the figure without one
-    post of that cell, of which there are `counts`.
+    `without_one` (k, cells) is the figure without one post of that cell, of which there are
+    `counts`. z is the two-sided 95 % point of Student's t, with the degrees of freedom that the
+    posts' influences have: where few posts make a figure's variance, it is itself uncertain
+    (Satterthwaite 1946). For normal influences they are the number of posts.
+    """
+    import numpy as np
+    from scipy.special import stdtrit
+
+    weights = np.where(np.isfinite(without_one), counts, 0)
+    values = np.nan_to_num(without_one)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        n = weights.sum(1)
+        mean = (weights * values).sum(1) / n
+        away = np.where(weights > 0, mean[:, None] - values, 0)
+        size = (weights * away**2).sum(1)
+        freedom = 2 / ((weights * away**4).sum(1) / size**2 - 1 / n)
+        freedom = np.where(freedom > 0, np.maximum(freedom, 2), np.inf)
+    return away, size, np.where(np.isinf(freedom), NORMAL_95, stdtrit(freedom, 0.975))
+
+
+def moves(point: Any, drawn: Any) -> Any:
+    """(k,): whether enough of the draws have a figure, and say how far it could move."""
+    import numpy as np
+
+    known = np.isfinite(drawn)
+    differ = np.where(known, drawn, -np.inf).max(1) > np.where(known, drawn, np.inf).min(1)
+    return (known.sum(1) >= 0.9 * drawn.shape[1]) & differ & np.isfinite(point)
+
+
+def bca(point: Any, drawn: Any, without_one: Any, counts: Any) -> tuple[Any, Any]:
+    """The ends of 95 % BCa intervals, with Student's t for the normal point; nan without any.
+
+    Shapes: `point` (k,), `drawn` (k, resamples), `without_one` and `counts` as in `jackknife`. The
+    wider point makes up for small samples, where the bootstrap's intervals are too short
+    (Hesterberg 2015).
     """
     import numpy as np
     from scipy.special import ndtr, ndtri
 
+    usable = moves(point, drawn)
     drawn, value = np.sort(drawn, axis=1), point[:, None]  # nan goes last
     valid = np.isfinite(drawn).sum(1)
+    away, size, reach = jackknife(without_one, counts)
     with np.errstate(divide="ignore", invalid="ignore"):
         below = ((drawn < value).sum(1) + (drawn == value).sum(1) / 2) / valid
         edge = 1 / (2 * drawn.shape[1])
         bias = ndtri(np.clip(below, edge, 1 - edge))
-        weights = np.where(np.isfinite(without_one), counts, 0)
-        values = np.nan_to_num(without_one)
-        mean = (weights * values).sum(1) / weights.sum(1)
-        away = np.where(weights > 0, mean[:, None] - values, 0)
-        size = (weights * away**2).sum(1)
-        skew = np.where(size > 0, (weights * away**3).sum(1) / (6 * size**1.5), 0)
+        cubes = (np.where(np.isfinite(without_one), counts, 0) * away**3).sum(1)
+        skew = np.where(size > 0, cubes / (6 * size**1.5), 0)
         rows = np.arange(len(drawn))
         ends = []
-        for z in (-NORMAL_95, NORMAL_95):
+        for z in (-reach, reach):
             place = ndtr(bias + (bias + z) / (1 - skew * (bias + z))) * (valid - 1)
             place = np.nan_to_num(np.clip(place, 0, valid - 1))
             under = np.floor(place).astype(np.int64)
             over = np.minimum(under + 1, np.maximum(valid - 1, 0))
             step = place - under
             ends.append((1 - step) * drawn[rows, under] + step * drawn[rows, over])
-        last = drawn[rows, np.maximum(valid - 1, 0)]
-        usable = (valid >= 0.9 * drawn.shape[1]) & (last > drawn[:, 0]) & np.isfinite(point)
     return tuple(np.where(usable, end, np.nan) for end in ends)
+
+
+def bias_corrected(point: Any, drawn: Any, without_one: Any, counts: Any) -> tuple[Any, Any]:
+    """The ends of 95 % intervals of figures that noise makes larger, such as a calibration error.
+
+    The draws have the noise twice and so show how much there is: the middle is the figure less
+    that, and the width the jackknife's. Never below 0. Shapes are those of `bca`.
+    """
+    import numpy as np
+
+    _, size, reach = jackknife(without_one, counts)
+    known = np.isfinite(drawn)
+    mean = np.where(known, drawn, 0).sum(1) / np.maximum(known.sum(1), 1)
+    half, middle = reach * np.sqrt(size), 2 * point - mean
+    usable = moves(point, drawn)
+    return tuple(
+        np.where(usable, np.maximum(end, 0), np.nan) for end in (middle - half, middle + half)
+    )
+
+
+def difference_ends(one: dict[str, Any], other: dict[str, Any]) -> tuple[float, float]:
+    """The 95 % ends of a difference of independent rates from those of each.
+
+    Newcombe (1998), method 10.
+    """
+    away = one["value"] - other["value"]
+    low = away - math.hypot(one["value"] - one["low"], other["high"] - other["value"])
+    return low, away + math.hypot(one["high"] - one["value"], other["value"] - other["low"])
+
+
+def ratio_ends(one: dict[str, Any], other: dict[str, Any]) -> tuple[float, float]:
+    """The 95 % ends of a ratio of independent rates from those of each (Donner and Zou 2012)."""
+    p, q = one["value"], other["value"]
+
+    def end(near: float, far: float, sign: int) -> float:
+        below = far * (2 * q - far)
+        square = (p * q) ** 2 - near * (2 * p - near) * below
+        return (p * q + sign * math.sqrt(max(0.0, square))) / below if below > 0 else math.inf
+
+    low = end(one["low"], other["high"], -1)
+    return (low if math.isfinite(low) else 0.0), end(one["high"], other["low"], 1)
+
+
+def paired_difference(both: int, only_first: int, only_second: int, neither: int) -> dict[str, Any]:
+    """The first rate less the second, both over the same posts, with a 95 % interval.
+
+    Newcombe's (1998) method 10 for paired proportions: two Wilson intervals, joined by the
+    correlation phi, whose numerator is corrected for continuity where it is positive.
+    """
+    n = both + only_first + only_second + neither
+    if n == 0:
+        return number(None, 0, "no posts")
+    first, second = (both + only_first) / n, (both + only_second) / n
+    low, high = wilson(both + only_first, n)
+    other_low, other_high = wilson(both + only_second, n)
+    cross = both * neither - only_first * only_second
+    if cross > 0:
+        cross = max(cross - n / 2, 0)
+    margins = (both + only_first) * (only_second + neither)
+    margins *= (both + only_second) * (only_first + neither)
+    phi = cross / math.sqrt(margins) if margins else 0.0
+
+    def reach(one: float, other: float) -> float:
+        return math.sqrt(max(0.0, one * one - 2 * phi * one * other + other * other))
+
+    difference = (only_first - only_second) / n
+    return number(difference, n, "") | {
+        "low": max(-1.0, difference - reach(first - low, other_high - second)),
+        "high": min(1.0, difference + reach(high - first, second - other_low)),
+    }
 
 
 def holm(p_values: dict[Any, float]) -> dict[Any, float]:
@@ -1763,10 +1889,10 @@ def build_sample(
     return Sample(
         labels,
         labels.index(positive),
-        np.array([numbers[label] for label in truth]),
+        np.array([numbers[label] for label in truth], dtype=np.int64),
         masks,
         {
-            one.strategy: np.array([numbers.get(label, -1) for label in one.predicted])
+            one.strategy: np.array([numbers.get(label, -1) for label in one.predicted], dtype=int)
             for one in answered
         },
         {one.strategy: None if one.scores is None else np.array(one.scores) for one in answered},
@@ -1924,7 +2050,7 @@ def build_strategy(
         "overall": overall,
         "groups": groups,
         "unparsed": unparsed or None,
-        "bias": build_bias(sample, name, overall, groups, ranked, counted, seed)
+        "bias": build_bias(sample, name, overall, groups, ranked, seed)
         if name in sample.varied
         else None,
     }
@@ -1951,7 +2077,6 @@ def build_bias(
     overall: dict[str, Any],
     groups: dict[str, Any],
     ranked: dict[Any, Any],
-    counted: dict[Any, Any],
     seed: int,
 ) -> dict[str, Any]:
     """Gaps of error rates between groups, with intervals and permutation p-values.
@@ -1975,18 +2100,16 @@ def build_bias(
         for group, p in zip(names, each, strict=True):
             if group in enough and groups[group][rate]["n"] < posts.sum():
                 group_p[rate, group] = p
-        entry["gaps"][rate] = build_gap(name, rate, overall, groups, enough, left_out, counted)
+        entry["gaps"][rate] = build_gap(rate, overall, groups, enough, left_out)
     adjusted, group_adjusted = holm(gap_p), holm(group_p)
     for rate, gap in entry["gaps"].items():
         gap["max_min"] |= {"p": gap_p.get(rate), "p_holm": adjusted.get(rate)}
         found = rate in gap_p and adjusted[rate] < 0.05
         gap["significant"] = found if rate in gap_p else None
-        # The draws of a largest difference never reach 0, nor those of a ratio 1; the permutations
-        # say whether they should.
-        if gap["max_min"]["low"] is not None and gap_p[rate] >= 0.05:
+        if rate in gap_p and gap_p[rate] >= 0.05:
             gap["max_min"]["low"] = 0.0
-        if gap["min_max_ratio"]["high"] is not None and gap_p[rate] >= 0.05:
-            gap["min_max_ratio"]["high"] = 1.0
+            if gap["min_max_ratio"]["value"] is not None:
+                gap["min_max_ratio"]["high"] = 1.0
         for group, one in gap["groups"].items():
             p, p_holm = group_p.get((rate, group)), group_adjusted.get((rate, group))
             allowed = found or rate not in gap_p
@@ -2001,15 +2124,10 @@ def build_bias(
         enough = [
             group for group in enough if all(group in comparable(groups, r)[0] for r in rates)
         ]
-        values = [[groups[group][rate]["value"] for group in enough] for rate in rates]
-        value = max(max(row) - min(row) for row in values) if len(enough) > 1 else None
-        entry[key] = number(value, len(enough), TOO_FEW_GROUPS)
-        drawn = (name, key) if len(rates) > 1 else (name, "gap", rates[0])
-        add_interval(entry[key], counted.get(drawn, {"low": None}))
+        entry[key] = widest_gap([[groups[group][rate] for group in enough] for rate in rates])
         if len(enough) > 1:
-            p = difference_p(sample, name, rates, enough, seed)
-            entry[key]["p"] = p
-            if entry[key]["low"] is not None and p >= 0.05:
+            entry[key]["p"] = difference_p(sample, name, rates, enough, seed)
+            if entry[key]["p"] >= 0.05:
                 entry[key]["low"] = 0.0
         entry[key]["left_out"] = [group for group in sample.groups if group not in enough]
     for key in ("roc_auc", "bpsn_auc", "bnsp_auc"):
@@ -2040,6 +2158,7 @@ def difference_p(
     return min(1.0, len(rates) * min(p_values))
 
 
+NO_ERROR = "no group has such an error"
 TOO_FEW_GROUPS = f"fewer than two groups have {MIN_DENOMINATOR} posts to count"
 
 
@@ -2060,27 +2179,41 @@ def error_posts(sample: Sample, name: str) -> dict[str, tuple[Any, Any]]:
     }
 
 
+def widest_gap(rates: list[list[dict[str, Any]]]) -> dict[str, Any]:
+    """The largest difference between groups in any of some rates, each given for every group.
+
+    One pair of groups truly differs most, so the largest upper end of the pairs' intervals bounds
+    the true difference; the largest lower end does once a test says that there is a difference,
+    and is 0 otherwise. A post of two groups counts in both, which widens the interval.
+    """
+    pairs = [pair for some in rates for pair in itertools.permutations(some, 2)]
+    if not pairs:
+        return number(None, len(rates[0]), TOO_FEW_GROUPS)
+    figure = number(max(one["value"] - other["value"] for one, other in pairs), len(rates[0]), "")
+    ends = [difference_ends(*pair) for pair in pairs]
+    lows, highs = zip(*ends, strict=True)
+    return figure | {"low": max(0.0, *lows), "high": min(1.0, max(highs))}
+
+
 def build_gap(
-    name: str,
     rate: str,
     overall: dict[str, Any],
     groups: dict[str, Any],
     enough: list[str],
     left_out: list[str],
-    counted: dict[Any, Any],
 ) -> dict[str, Any]:
     """One rate's gap: largest difference, and each group against all posts and the others."""
-    values = {group: groups[group][rate]["value"] for group in enough}
-    value = max(values.values()) - min(values.values()) if len(enough) > 1 else None
-    widest = number(value, len(enough), TOO_FEW_GROUPS)
-    add_interval(widest, counted.get((name, "gap", rate), {"low": None}))
-    ratio = None
-    if len(enough) > 1 and max(values.values()) > 0:
-        ratio = min(values.values()) / max(values.values())
-    lowest_ratio = number(
-        ratio, len(enough), TOO_FEW_GROUPS if len(enough) < 2 else "no group has such an error"
-    )
-    add_interval(lowest_ratio, counted.get((name, "ratio", rate), {"low": None}))
+    widest = widest_gap([[groups[group][rate] for group in enough]])
+    some = {group: groups[group][rate] for group in enough}
+    values = [figure["value"] for figure in some.values()]
+    ratio, reason = None, TOO_FEW_GROUPS
+    if len(enough) > 1:
+        ratio, reason = (min(values) / max(values) if max(values) else None), NO_ERROR
+    lowest_ratio = number(ratio, len(enough), reason)
+    if ratio is not None:
+        ends = [ratio_ends(*pair) for pair in itertools.permutations(some.values(), 2)]
+        for key, side in zip(("low", "high"), zip(*ends, strict=True), strict=True):
+            lowest_ratio[key] = min(1.0, *side)
     each: dict[str, Any] = {}
     for group in groups:
         if group in left_out or not groups[group][rate]["n"]:
@@ -2103,11 +2236,8 @@ def against_rest(errors: int, n: int, others: int, rest: int) -> dict[str, Any]:
     if not rest:
         away = number(None, n, "no other posts")
         return {"vs_overall": away, "vs_rest": dict(away)}
-    rate, other = errors / n, others / rest
-    (low, high), (other_low, other_high) = wilson(errors, n), wilson(others, rest)
-    away = number(rate - other, n, "")
-    away["low"] = rate - other - math.hypot(rate - low, other_high - other)
-    away["high"] = rate - other + math.hypot(high - rate, other - other_low)
+    away = number(errors / n - others / rest, n, "")
+    away["low"], away["high"] = difference_ends(share(errors, n, ""), share(others, rest, ""))
     part = rest / (n + rest)
     whole = {key: part * away[key] for key in ("value", "low", "high")}
     return {"vs_overall": away | whole, "vs_rest": away}
@@ -2115,6 +2245,8 @@ def against_rest(errors: int, n: int, others: int, rest: int) -> dict[str, Any]:
 
 # Of the figures over all posts, those without a formula for their interval.
 RESAMPLED = ("balanced_accuracy", "f1_macro", "f1_weighted", "mcc")
+# Of the differences of two strategies, those that are no differences of rates of the same posts.
+RESAMPLED_DIFFERENCES = ("balanced_accuracy", "f1", "precision", "mcc")
 # What two strategies are compared by.
 COMPARED = ("accuracy", "balanced_accuracy", "f1", "precision", "recall", "mcc")
 COMPARED_IN_GROUPS = ("accuracy", "f1", "false_positive_rate", "false_negative_rate")
@@ -2123,9 +2255,8 @@ COMPARED_IN_GROUPS = ("accuracy", "f1", "false_positive_rate", "false_negative_r
 def count_intervals(sample: Sample, pairs: list[tuple[str, str]], seed: int) -> dict[Any, Any]:
     """Intervals of everything that is counted, from one set of resamples of the posts.
 
-    Names: (strategy, "overall", figure); (strategy, "gap" | "ratio", rate), flag_rate among the
-    rates; (strategy, "equalized_odds_difference"); and for each of `pairs` (first, second, place,
-    figure), the first's figure less the second's.
+    Names: (strategy, "overall", figure); and for each of `pairs` (first, second, place, figure),
+    the first's figure less the second's.
     """
     import numpy as np
 
@@ -2148,24 +2279,6 @@ def count_intervals(sample: Sample, pairs: list[tuple[str, str]], seed: int) -> 
     place_of = {name: index for index, name in enumerate(places)}
     form_of = {form: index for index, form in enumerate(forms)}
     form_of = {(name, True): form_of[name, False] for name in sample.predicted} | form_of
-    varied = sample.varied
-    rates = ("false_positive_rate", "false_negative_rate", "flag_rate")
-    tables = (cells.counts @ design).reshape(shape)
-    below = {
-        "false_positive_rate": tables.sum((-2, -1)) - tables[..., sample.positive, :].sum(-1),
-        "false_negative_rate": tables[..., sample.positive, :].sum(-1),
-        "flag_rate": tables.sum((-2, -1)),
-    }
-
-    def enough(form: int, *needed: str) -> list[int]:
-        return [
-            place_of[group]
-            for group in sample.groups
-            if all(below[rate][form, place_of[group]] >= MIN_DENOMINATOR for rate in needed)
-        ]
-
-    def spread(values: Any, some: list[int]) -> Any:
-        return values[:, some].max(1) - values[:, some].min(1)
 
     def statistic(counts: Any) -> dict[Any, Any]:
         tables = (counts @ design).reshape(len(counts), *shape)
@@ -2175,25 +2288,11 @@ def count_intervals(sample: Sample, pairs: list[tuple[str, str]], seed: int) -> 
             form = form_of[name, False]
             for key in RESAMPLED:
                 found[name, "overall", key] = figures[key][:, form, 0]
-            if name not in varied:
-                continue
-            for rate in rates:
-                values, some = figures[rate][:, form], enough(form, rate)
-                if len(some) > 1:
-                    found[name, "gap", rate] = spread(values, some)
-                    with np.errstate(divide="ignore", invalid="ignore"):
-                        found[name, "ratio", rate] = values[:, some].min(1) / values[:, some].max(1)
-            some = enough(form, *rates[:2])
-            if len(some) > 1:
-                found[name, "equalized_odds_difference"] = np.maximum(
-                    *(spread(figures[rate][:, form], some) for rate in rates[:2])
-                )
         for first, second in pairs:
             one, other = form_of[first, True], form_of[second, True]
             for place in ("overall", *sample.members):
                 at = place_of[place]
-                keys = COMPARED_IN_GROUPS if at else (*COMPARED, *COMPARED_IN_GROUPS[2:])
-                for key in keys:
+                for key in ("f1",) if at else RESAMPLED_DIFFERENCES:
                     values = figures[key]
                     found[first, second, place, key] = values[:, one, at] - values[:, other, at]
         return found
@@ -2374,6 +2473,8 @@ def build_comparison(
     the accuracy, of one label's posts in a group for its error rates; `p_holm` corrects it for
     all groups and both rates.
     """
+    import numpy as np
+
     n, positive = len(sample.truth), sample.positives
     one, other = sample.decided(first), sample.decided(second)
     # Among posts of one label, being right or wrong is what its error rate counts.
@@ -2383,11 +2484,23 @@ def build_comparison(
         "false_negative_rate": (positive, one == sample.positive, other == sample.positive),
     }
 
+    everything = np.ones(n, dtype=bool)
+    paired = {
+        "accuracy": (everything, right, also),
+        "recall": (positive, one == sample.positive, other == sample.positive),
+        **{rate: (posts, ~fine, ~also_fine) for rate, (posts, fine, also_fine) in flags.items()},
+    }
+
     def difference(place: str, key: str, size: int) -> dict[str, Any]:
+        if key in paired:
+            counts_for, first_side, second_side = paired[key]
+            some = counts_for & sample.members.get(place, everything)
+            kinds = np.bincount(2 * ~first_side[some] + ~second_side[some], minlength=4)
+            return paired_difference(*map(int, kinds))
         found = counted.get((first, second, place, key)) or ranked.get((first, second, place, key))
         if not found:
             outside = place == NO_TARGET and key in ("bpsn_auc", "bnsp_auc")
-            reason = "not a target group" if outside else "undefined for one of the two"
+            reason = "not a target group" if outside else "one of the two has none"
             return number(None, size, reason)
         figure = number(found["value"], size, "")
         return figure | {"low": found["low"], "high": found["high"]}
@@ -2755,72 +2868,6 @@ def write_csv(file: Path, header: list[str], rows: list[list[Any]]) -> None:
         writer = csv.writer(stream)
         for row in [header, *rows]:
             writer.writerow([csv_text(cell) if isinstance(cell, str) else cell for cell in row])
-
-
-# --- plots -----------------------------------------------------------------------------------
-
-
-def draw(plots: list[tuple[str, str, Any, tuple[float, float]]]) -> list[dict[str, str]]:
-    """Each plot as SVG text that takes the page's colours, with its title and description.
-
-    A plot is its title, what it shows in words, a function that draws on matplotlib axes, and its
-    size in inches.
-    """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib.figure import Figure
-
-    drawn = []
-    style = {"svg.fonttype": "none", "svg.hashsalt": "report", "font.size": 9.5}
-    style |= {"axes.edgecolor": "#57606a", "axes.labelcolor": "#1c2127", "text.color": "#1c2127"}
-    style |= {"xtick.color": "#57606a", "ytick.color": "#57606a", "axes.spines.top": "False"}
-    style |= {"axes.spines.right": "False", "grid.color": "#d5dae0", "legend.frameon": "False"}
-    style |= {"font.family": "sans-serif", "axes.axisbelow": "True", "text.parse_math": "False"}
-    with matplotlib.rc_context(style):
-        for number_, (title, words, paint, size) in enumerate(plots):
-            figure = Figure(figsize=size, layout="constrained")
-            paint(figure.subplots())
-            buffer = io.StringIO()
-            figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
-            svg = page_svg(buffer.getvalue(), f"p{number_}-", f"{title}: {words}")
-            drawn.append({"title": title, "words": words, "svg": svg})
-    return drawn
-
-
-def page_svg(text: str, prefix: str, label: str) -> str:
-    """matplotlib's SVG as part of a page: names of its own, the page's colours and fonts."""
-    from html import escape
-
-    text = text[text.index("<svg ") :]
-    text = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->", "", text, flags=re.DOTALL)
-    text = re.sub(r'<style type="text/css">.*?</style>', "", text, flags=re.DOTALL)
-    text = re.sub(r'\bid="', f'id="{prefix}', text)
-    text = re.sub(r'(href="|url\()#', rf"\1#{prefix}", text)
-    text = re.sub(r"font: ([\d.]+px)[^;\"]*", r"font-size: \1", text)
-    for colour, name in PAGE_COLOURS.items():
-        text = text.replace(colour, f"var({name})")
-    text = re.sub(r"\s*\n\s*", "\n", text)
-    head = f'<svg role="img" aria-label="{escape(label)}" '
-    return re.sub(r'^<svg (xmlns:xlink="[^"]*" )?width="[^"]*" height="[^"]*"', head, text, count=1)
-
-
-# --- report ----------------------------------------------------------------------------------
-
-MODEL_COLOURS = {
-    "model": "#0a5bb0",
-    "baseline": "#8a5a00",
-    "compared": "#6b3fa0",
-    "base": "#00655a",
-    "against": "#a3195b",
-}
-# Colours that the page replaces by its own, which differ in the dark.
-PAGE_COLOURS = {
-    "#1c2127": "--ink",
-    "#57606a": "--soft",
-    "#d5dae0": "--line",
-    "#ffffff": "--paper",
-} | {colour: f"--{kind}" for kind, colour in MODEL_COLOURS.items()}
 
 
 # --- shared: the same text in every script that has it ---------------------------------------

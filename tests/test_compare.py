@@ -403,8 +403,9 @@ def test_rates_of_few_posts_are_called_insufficient(
     assert few.count(("women", "false_positive_rate")) == 1
     hateful = sum(row["label"] == "hate" for row in answers(1)[:12])
     printed = capsys.readouterr().out
-    assert f"women false negative rate ({hateful} posts)" in printed
+    assert f"women false negative rate (n = {hateful})" in printed
     assert f"insufficient (n = {hateful})" in printed
+    assert re.search(r"(?m)^  1 .* few, few", printed)
     missed = found["metrics"]["comparisons"][0]["groups"]["women"]["false_negative_rate"]
     assert "p" not in missed
 
@@ -570,8 +571,8 @@ def test_runs_that_differ_in_their_seed_are_one_recipe(
     printed = capsys.readouterr().out
     assert "(3 and 3 seeds)" in printed and "F1, mean (sd)" in printed
     words = [one["words"] for one in found["verdicts"]]
-    assert all("They are two seeds of one recipe." in one for one in words[:2])
-    assert not any("two seeds of one recipe" in one for one in words[2:])
+    assert all("Both are seeds of one recipe:" in one for one in words[:2])
+    assert not any("seeds of one recipe" in one for one in words[2:])
 
 
 def test_a_recipe_of_one_seed_is_never_called_better(
@@ -758,6 +759,7 @@ def test_bad_inputs_end_with_one_clear_message(
         ([a, b, "--labels", "normal,spam"], "--positive_label hate and another label must be"),
         ([a, b, "--label_map", "{"], "is not JSON"),
         ([a, b, "--threshold", "2"], "is no probability"),
+        ([a, b, "--strict"], "--strict makes --require stricter; there is none."),
         ([a, b, "--ouput_dir", "x"], "Did you mean --output_dir?"),
         ([a, b, "--id_column", "nr"], "has no column 'nr'"),
         ([a, b, "--output_dir", a / "x"], "cannot write to"),
