@@ -6746,6 +6746,7 @@ def build_verdict(metrics: dict[str, Any]) -> list[str]:
         describe_errors(metrics, model),
         *describe_comparisons(metrics),
         *describe_gaps(metrics, model),
+        *describe_behaviour(metrics),
         *describe_undefined(metrics, model),
     ]
 
@@ -6811,24 +6812,57 @@ def describe_gaps(metrics: dict[str, Any], model: dict[str, Any]) -> list[str]:
 
 def describe_undefined(metrics: dict[str, Any], model: dict[str, Any]) -> list[str]:
     """What the report cannot say: empty and small cells, answers without label."""
-    empty, small = [], []
-    for group, figures in model["groups"].items():
-        if group == NO_TARGET:
-            continue
+    sentences, least = [], metrics["min_denominator"]
+    for words, is_such in (
+        ("Undefined for want of posts", lambda n: n == 0),
+        (f"Fewer than {least} posts, too few to conclude from", lambda n: 0 < n < least),
+    ):
+        parts = []
         for rate in ("false_positive_rate", "false_negative_rate"):
-            n = figures[rate]["n"]
-            if n < metrics["min_denominator"]:
-                (small if n else empty).append(f"{visible(group)} {title_of(rate)} ({n} posts)")
-    sentences = []
-    if empty:
-        sentences.append(f"Undefined for want of posts: {', '.join(empty)}.")
-    if small:
-        sentences.append(f"Too few posts to conclude from: {', '.join(small)}.")
+            groups = [
+                f"{visible(group)} ({figures[rate]['n']})"
+                for group, figures in model["groups"].items()
+                if group != NO_TARGET and is_such(figures[rate]["n"])
+            ]
+            parts += [f"{title_of(rate)} of {', '.join(groups)}"] if groups else []
+        sentences += [f"{words}: {'; '.join(parts)}."] if parts else []
     lost = model["overall"]["n_unparsed"]
     if lost:
         sentences.append(
             f"{lost} of {metrics['n']} answers have no label; rates leave them out, and the table "
             "of answers without label shows what they would change."
+        )
+    return sentences
+
+
+def describe_behaviour(metrics: dict[str, Any]) -> list[str]:
+    """The worst of what the functional tests, evasion and identity swaps show."""
+    sentences = []
+    if metrics["functional"]:
+        rows = [row for side in metrics["functional"]["sides"] for row in side["rows"]]
+        weakest = sorted(rows, key=lambda row: row["accuracy"]["value"])[:3]
+        named = [
+            f"{visible(row['functionality'])} ({shown('accuracy', row['accuracy'])})"
+            for row in weakest
+        ]
+        sentences.append(f"Weakest of {len(rows)} functional tests: {', '.join(named)}.")
+    kinds = (metrics["evasion"] or {}).get("kinds") or {}
+    lost = {kind: one["recall_lost"] for kind, one in kinds.items()}
+    known = {kind: figure for kind, figure in lost.items() if figure["value"] is not None}
+    if known:
+        kind = max(known, key=lambda name: known[name]["value"])
+        sentences.append(
+            f"Of {len(known)} ways to evade, {visible(kind)} costs most recall: "
+            f"{shown_difference('recall', known[kind])}."
+        )
+    pairs = (metrics["identity_swap"] or {}).get("pairs") or []
+    if pairs:
+        pair = max(pairs, key=lambda one: abs(one["mean_change"]["value"] or 0))
+        sentences.append(
+            f"Of {len(pairs)} identity swaps, {visible(pair['source'])} to "
+            f"{visible(pair['target'])} moves p most: "
+            f"{shown_difference('brier', pair['mean_change'])}, "
+            f"{shown('flag_rate', pair['flip_rate'])} of the decisions flip."
         )
     return sentences
 
@@ -6874,8 +6908,8 @@ def describe_run(metrics: dict[str, Any], record: dict[str, Any]) -> list[tuple[
         ("Decision", rule),
         (
             "Intervals",
-            f"95 %; Wilson for rates and F1, Newcombe for a group against the rest, BCa bootstrap "
-            f"with {metrics['resamples']:,} resamples for all else; seed "
+            f"95 %; Wilson for rates and F1, Newcombe for differences of rates, Donner and Zou for "
+            f"ratios, BCa bootstrap with {metrics['resamples']:,} resamples for all else; seed "
             f"{record['arguments']['seed']}",
         ),
         ("Script", f"{SCRIPT}, SHA-256 {record['script_sha256']}"),
@@ -7099,7 +7133,7 @@ def text_table(rows: list[list[str]]) -> list[str]:
 def build_text(metrics: dict[str, Any]) -> str:
     """evaluation_report.txt, and what is printed at the end: the verdict and the main tables.
 
-    What is undefined has its reason below the tables, so that the columns stay narrow.
+    Reasons of undefined figures are in the other reports; here the columns stay narrow.
     """
     learned = [one for one in metrics["strategies"] if not one["name"].startswith("always_")]
     parts = [
@@ -7108,15 +7142,18 @@ def build_text(metrics: dict[str, Any]) -> str:
         ("Against the rest of the posts", gap_table(metrics)),
         ("Gates", gate_table(metrics)),
     ]
-    lines, reasons = [], []
+    reasons = [
+        f"{visible(one['name'])}: undefined ({visible(one['reason'], 200)})"
+        for one in metrics["strategies"]
+        if one["overall"] is None
+    ]
+    lines: list[str] = []
     for title, rows in parts:
-        for row in rows[1:]:
-            reasons += [f"{row[0]}: {cell}" for cell in row if cell.startswith("undefined (")]
         short = [[re.sub(r"^undefined \(.*", "undefined", cell) for cell in row] for row in rows]
         if rows:
             lines += ["", *([title] if title else []), *text_table(short)]
     lines += ["", *(f"* {sentence}" for sentence in build_verdict(metrics))]
-    lines += [f"* {reason}" for reason in dict.fromkeys(reasons)]
+    lines += [f"* {reason}" for reason in reasons]
     lines += ["", "[low, high]: 95 % interval. p: corrected for all tests of its table (Holm)."]
     return "\n".join(lines) + "\n"
 
