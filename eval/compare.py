@@ -461,7 +461,8 @@ def trace(run: Run) -> Trace:
     contract = read_record(folder, adapter.name)
     evaluated = (run.record.get("training") or {}).get("run_sha256")
     if contract.get("stage") != "adapter" or contract["training"]["run_sha256"] != evaluated:
-        print(f"{adapter.name} was trained anew after {run.name}: its arguments are not read")
+        name = visible(run.name)
+        print(f"{adapter.name} was trained anew after {name}: its arguments are not read")
         contract = {}
     return Trace(adapter, contract, records)
 
@@ -516,17 +517,20 @@ def compare_records(runs: list[Run]) -> list[str]:
 
 def count_reads(runs: list[Run], traces: list[Trace]) -> list[str]:
     """Warn where these posts were evaluated more often than once per adapter."""
-    adapters = {one.adapter.name: one for one in traces if one.adapter}
-    reads = {
-        name: max(reads_of(run, one) for run, one in zip(runs, traces, strict=True) if one == found)
-        for name, found in adapters.items()
-    }
-    if not reads or sum(reads.values()) <= len(reads):
+    reads: dict[str, tuple[str, int]] = {}
+    for run, one in zip(runs, traces, strict=True):
+        if one.adapter:
+            # One adapter may be named by its folder and by an evaluation's.
+            place = str(one.adapter.folder or one.adapter.name)
+            name, most = reads.get(place, (visible(run.name), 0))
+            reads[place] = (name, max(most, reads_of(run, one)))
+    total = sum(count for _, count in reads.values())
+    if total <= len(reads):
         return []
-    words = ", ".join(f"{count} by {visible(name)}" for name, count in reads.items())
+    words = ", ".join(f"{count} by the adapter of {name}" for name, count in reads.values())
     return [
-        f"These posts were evaluated {sum(reads.values())} times ({words}): a run that was chosen "
-        "for its figures here is overrated by them."
+        f"These posts were evaluated {total} times ({words}): a run that was chosen for its "
+        "figures here is overrated by them."
     ]
 
 
@@ -824,7 +828,8 @@ def build_recipes(
             continue
         if seed in found.setdefault(key, {}):
             other = runs[found[key][seed]].name
-            print(f"{run.name} has the seed of {other}: it is no further seed of its recipe")
+            names = [visible(name) for name in (run.name, other)]
+            print(f"{names[0]} has the seed of {names[1]}: it is no further seed of its recipe")
             continue
         found[key][seed] = index
     changed = changed_arguments(traces)

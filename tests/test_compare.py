@@ -515,7 +515,11 @@ def test_the_table_says_arguments_dollars_and_how_often_posts_were_read(
     assert [row["dollars"] for row in rows] == [1.5, None]
     printed = capsys.readouterr().out
     assert "at least 1.50" in printed and "not recorded" in printed and "lora_r 64" in printed
-    assert "These posts were evaluated 3 times" in printed
+    assert "These posts were evaluated 3 times (2 by the adapter of a, 1 by the adapter of b)" in (
+        printed
+    )
+    notes = " ".join(run(compare, tmp_path, a, a / "eval" / "test-threshold0.4")["notes"])
+    assert "These posts were evaluated 2 times (2 by the adapter of " in notes
 
 
 def test_one_evaluation_each_is_no_warning(compare: ModuleType, tmp_path: Path) -> None:
