@@ -71,13 +71,22 @@ def frozen_encoder(folder: Path, data: Path, metrics: dict[str, Any]) -> dict[st
     scores = model.predict_proba(embed(folder, [row["text"] for row in rows["test"]]))[:, column]
     others = [label for label in metrics["labels"] if label != metrics["positive_label"]]
     predicted = [metrics["positive_label"] if score >= 0.5 else others[0] for score in scores]
-    task = evaluation.Task(
-        "frozen encoder", metrics["labels"], metrics["positive_label"], [], None, 128, "", ""
-    )
     groups = [group for group in metrics["strategies"][0]["groups"] if group != "no_target"]
     answers = evaluation.Answers("frozen encoder", "baseline", predicted, scores.tolist())
     members = evaluation.group_members(rows["test"], groups)
-    return evaluation.build_strategy(answers, labels["test"], members, task)
+    labels_, positive = metrics["labels"], metrics["positive_label"]
+    sample = evaluation.build_sample(labels_, positive, labels["test"], members, [answers])
+    counted, ranked = (
+        find(sample, [], 42) for find in (evaluation.count_intervals, evaluation.rank_intervals)
+    )
+    return evaluation.build_strategy(sample, answers, ranked, counted, 42)
+
+
+def shown(figure: dict[str, Any]) -> str:
+    """A figure with its 95 % interval, where it has one."""
+    if figure["low"] is None:
+        return f"{figure['value']:.3f}"
+    return f"{figure['value']:.3f} [{figure['low']:.3f}, {figure['high']:.3f}]"
 
 
 def print_table(strategies: list[dict[str, Any]], positive: str) -> None:
@@ -95,8 +104,8 @@ def print_table(strategies: list[dict[str, Any]], positive: str) -> None:
         worst = max(rates, key=lambda group: rates[group]["value"])
         rate = rates[worst]
         print(
-            f"| {strategy['name']} | {strategy['overall'][f'f1_{positive}']['value']:.3f} "
-            f"| {strategy['overall']['roc_auc']['value']:.3f} "
+            f"| {strategy['name']} | {shown(strategy['overall'][f'f1_{positive}'])} "
+            f"| {shown(strategy['overall']['roc_auc'])} "
             f"| {worst} {100 * rate['value']:.1f} % [{100 * rate['low']:.1f}, "
             f"{100 * rate['high']:.1f}], n {rate['n']} |"
         )
@@ -114,7 +123,8 @@ def main() -> None:
     run("datasets/build_unified.py", *flags, "--dataset_repo", str(data))
     common = ("--dataset_repo", str(data), "--model_name_or_path", str(encoder))
     run("train/train.py", *common, "--output_dir", str(adapter), *TRAINING)
-    run("eval/eval.py", "--adapter", str(adapter), *common)
+    report = ("--evasion", "--identity_swap", "--prevalence", "0.01", "0.1")
+    run("eval/eval.py", "--adapter", str(adapter), *common, *report)
     file = adapter / "eval" / "test" / "metrics.json"
     metrics = json.loads(file.read_text(encoding="utf-8"))
     strategies = [*metrics["strategies"], frozen_encoder(encoder, data, metrics)]
