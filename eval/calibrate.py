@@ -748,9 +748,9 @@ def measure(posts: Scored, answers: dict[str, tuple[Any, Any]], seed: int) -> di
         }
         measured[way] = {"overall": places["overall"], "groups": groups, "gap": gaps}
     measured["change"] = {
-        key: found["change", "overall", key]
+        key: found["change", key, "overall"]
         for key in (f"f1_{posts.positive}", *MEASURED)
-        if ("change", "overall", key) in found
+        if ("change", key, "overall") in found
     }
     return measured
 
@@ -817,7 +817,7 @@ def place_figures(posts: Scored, p: Any, flagged: Any, inside: Any) -> dict[str,
 
 
 def resampled(posts: Scored, answers: dict[str, tuple[Any, Any]], seed: int) -> dict[Any, Any]:
-    """Bootstrap intervals by (way, place, figure) and ("change", "overall", figure).
+    """Bootstrap intervals by (way, place, figure) and ("change", figure, "overall").
 
     Up to `MOST_CELLS` posts are drawn one by one; of more, scores are drawn as `SCORE_LEVELS`
     levels of equally many posts.
@@ -859,7 +859,7 @@ def resampled(posts: Scored, answers: dict[str, tuple[Any, Any]], seed: int) -> 
         first, second = answers
         for key in (f"f1_{posts.positive}", *MEASURED):
             away = found[second, "overall", key] - found[first, "overall", key]
-            found["change", "overall", key] = away
+            found["change", key, "overall"] = away
         return found
 
     return intervals(statistic, cells.counts, seed)
@@ -1626,38 +1626,6 @@ def intervals(
     }
 
 
-def jackknife(without_one: Any, counts: Any) -> tuple[Any, Any, Any]:
-    """How far each post moves a figure, (k, cells); their sum of squares and its z, each (k,).
-
-    `without_one` (k, cells) is the figure without one post of that cell, of which there are
-    `counts`. z is the two-sided 95 % point of Student's t, with the degrees of freedom that the
-    posts' influences have: where few posts make a figure's variance, it is itself uncertain
-    (Satterthwaite 1946). For normal influences they are the number of posts.
-    """
-    import numpy as np
-    from scipy.special import stdtrit
-
-    weights = np.where(np.isfinite(without_one), counts, 0)
-    values = np.nan_to_num(without_one)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        n = weights.sum(1)
-        mean = (weights * values).sum(1) / n
-        away = np.where(weights > 0, mean[:, None] - values, 0)
-        size = (weights * away**2).sum(1)
-        freedom = 2 / ((weights * away**4).sum(1) / size**2 - 1 / n)
-        freedom = np.where(freedom > 0, np.maximum(freedom, 2), np.inf)
-    return away, size, np.where(np.isinf(freedom), NORMAL_95, stdtrit(freedom, 0.975))
-
-
-def moves(point: Any, drawn: Any) -> Any:
-    """(k,): whether enough of the draws have a figure, and say how far it could move."""
-    import numpy as np
-
-    known = np.isfinite(drawn)
-    differ = np.where(known, drawn, -np.inf).max(1) > np.where(known, drawn, np.inf).min(1)
-    return (known.sum(1) >= 0.9 * drawn.shape[1]) & differ & np.isfinite(point)
-
-
 def bca(point: Any, drawn: Any, without_one: Any, counts: Any) -> tuple[Any, Any]:
     """The ends of 95 % BCa intervals, with Student's t for the normal point; nan without any.
 
@@ -1706,6 +1674,38 @@ def bias_corrected(point: Any, drawn: Any, without_one: Any, counts: Any) -> tup
     return tuple(
         np.where(usable, np.maximum(end, 0), np.nan) for end in (middle - half, middle + half)
     )
+
+
+def jackknife(without_one: Any, counts: Any) -> tuple[Any, Any, Any]:
+    """How far each post moves a figure, (k, cells); their sum of squares and its z, each (k,).
+
+    `without_one` (k, cells) is the figure without one post of that cell, of which there are
+    `counts`. z is the two-sided 95 % point of Student's t, with the degrees of freedom that the
+    posts' influences have: where few posts make a figure's variance, it is itself uncertain
+    (Satterthwaite 1946). For normal influences they are the number of posts.
+    """
+    import numpy as np
+    from scipy.special import stdtrit
+
+    weights = np.where(np.isfinite(without_one), counts, 0)
+    values = np.nan_to_num(without_one)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        n = weights.sum(1)
+        mean = (weights * values).sum(1) / n
+        away = np.where(weights > 0, mean[:, None] - values, 0)
+        size = (weights * away**2).sum(1)
+        freedom = 2 / ((weights * away**4).sum(1) / size**2 - 1 / n)
+        freedom = np.where(freedom > 0, np.maximum(freedom, 2), np.inf)
+    return away, size, np.where(np.isinf(freedom), NORMAL_95, stdtrit(freedom, 0.975))
+
+
+def moves(point: Any, drawn: Any) -> Any:
+    """(k,): whether enough of the draws have a figure, and say how far it could move."""
+    import numpy as np
+
+    known = np.isfinite(drawn)
+    differ = np.where(known, drawn, -np.inf).max(1) > np.where(known, drawn, np.inf).min(1)
+    return (known.sum(1) >= 0.9 * drawn.shape[1]) & differ & np.isfinite(point)
 
 
 def permute_groups(
