@@ -5016,8 +5016,9 @@ def plot_functional(axes: Any, functional: dict[str, Any]) -> None:
     """
     columns = ["all", *functional["identities"]]
     for axis, side in zip(axes, functional["sides"], strict=True):
-        rows = [row["functionality"] for row in side["rows"]]
-        plot_grid(axis, rows, columns, f"{side['label']} cases: accuracy in %, (n)")
+        rows = [visible(row["functionality"], 32) for row in side["rows"]]
+        names = [visible(column, 24) for column in columns]
+        plot_grid(axis, rows, names, f"{visible(side['label'], 24)} cases: accuracy in %, (n)")
         cells = {}
         for place, row in enumerate(side["rows"]):
             for column, name in enumerate(columns):
@@ -5052,7 +5053,8 @@ def plot_swaps(axis: Any, report: dict[str, Any]) -> None:
     Blue is a higher p after the swap, brown a lower one; full strength is a change of 0.25.
     """
     names = report["groups"]
-    plot_grid(axis, names, names, "mean change of p, and share of decisions that flip")
+    listed = [visible(name, 24) for name in names]
+    plot_grid(axis, listed, listed, "mean change of p, and share of decisions that flip")
     axis.set_ylabel("a text about this group \u2026", color=PLOT_SOFT, fontsize=8.5)
     axis.set_xlabel("\u2026 names that group instead", color=PLOT_SOFT, fontsize=8.5)
     axis.xaxis.set_label_position("top")
@@ -5226,12 +5228,12 @@ def build_slices(
     for name in names:
         values = [str(post["columns"].get(name, "")) for post in posts]
         counts = Counter(value for value in values if value)
-        if len(counts) < 2 and len(counts) == len({*values}):
+        if not counts or len({*values}) < 2:
             continue
         kept = [value for value, _ in counts.most_common(MOST_SLICES)]
         slices[name] = {
             value: slice_figures(sample, model, np.array([one == value for one in values]))
-            for value in sorted(kept)
+            for value in sorted(kept, key=lambda value: ([*LENGTHS, value].index(value), value))
         }
     together = {}
     for first, second in itertools.combinations(sample.groups, 2):
@@ -6164,7 +6166,7 @@ def push_files(
 # --- plots -----------------------------------------------------------------------------------
 
 
-def draw(plots: list[tuple[str, str, Any, tuple[float, float]]]) -> list[dict[str, str]]:
+def draw(plots: list[tuple[str, str, Any, tuple[float, float]]]) -> list[dict[str, Any]]:
     """Each plot as SVG text that takes the page's colours, with its title and description.
 
     A plot is its title, what it shows in words, a function that draws on matplotlib axes, and its
@@ -6188,27 +6190,39 @@ def draw(plots: list[tuple[str, str, Any, tuple[float, float]]]) -> list[dict[st
             buffer = io.StringIO()
             figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
             svg = page_svg(buffer.getvalue(), f"p{number_}-", f"{title}: {words}")
-            drawn.append({"title": title, "words": words, "svg": svg})
+            drawn.append({"title": title, "words": words, "svg": svg, "wide": size[0] > 6})
     return drawn
 
 
 def page_svg(text: str, prefix: str, label: str) -> str:
-    """matplotlib's SVG as part of a page: names of its own, the page's colours and fonts."""
+    """matplotlib's SVG as part of a page: names of its own, the page's colours and fonts.
+
+    Only tags are changed, never the text between them; what a page does not need is left out.
+    """
     from html import escape
 
     text = text[text.index("<svg ") :]
     text = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->", "", text, flags=re.DOTALL)
     text = re.sub(r'<style type="text/css">.*?</style>', "", text, flags=re.DOTALL)
-    text = re.sub(r'\bid="', f'id="{prefix}', text)
-    text = re.sub(r'(href="|url\()#', rf"\1#{prefix}", text)
-    text = re.sub(r"font: ([\d.]+px)[^;\"]*", r"font-size: \1", text)
-    text = re.sub(r' transform="rotate\(-0 [^)]*\)"', "", text)
-    text = re.sub(r"(\d+\.\d\d)\d+", r"\1", text)
-    for colour, name in PAGE_COLOURS.items():
-        text = text.replace(colour, f"var({name})")
-    # An SVG inside HTML needs no namespaces.
-    text = re.sub(r' xmlns(:xlink)?="[^"]*"', "", text).replace("xlink:href", "href")
+    used = {*re.findall(r'(?:href="|url\()#([^")]+)', text)}
+
+    def page_tag(found: re.Match[str]) -> str:
+        tag = re.sub(r'(href="|url\()#', rf"\1#{prefix}", found[0])
+        tag = re.sub(
+            r' id="([^"]*)"', lambda name: f' id="{prefix}{name[1]}"' * (name[1] in used), tag
+        )
+        tag = re.sub(r"font: ([\d.]+px)[^;\"]*", r"font-size: \1", tag)
+        tag = re.sub(r"font-family: [^;\"]*;? ?|; stroke-linejoin: miter", "", tag)
+        tag = re.sub(r' transform="rotate\(-0 [^)]*\)"', "", tag)
+        tag = re.sub(r"(\d+\.\d\d)\d+", r"\1", tag)
+        for colour, name in PAGE_COLOURS.items():
+            tag = tag.replace(colour, f"var({name})")
+        tag = re.sub(r' (xmlns(:xlink)?|version)="[^"]*"', "", tag)
+        return re.sub(r"\s*\n\s*", "\n", tag)
+
+    text = re.sub(r"<[^>]*>", page_tag, text)
     text = re.sub(r"\s*\n\s*", "\n", text)
+    text = re.sub(r"<g>\n(<(?:text|path)[^>]*(?:/>|>[^<]*</text>))\n</g>", r"\1", text)
     head = f'<svg role="img" aria-label="{escape(label)}" '
     return re.sub(r'^<svg width="[^"]*" height="[^"]*"', head, text, count=1)
 
@@ -6244,9 +6258,9 @@ def build_plots(
         plots.append(("Thresholds", words, sweep(metrics), (5.6, 3.6)))
     if metrics["functional"]:
         sides = metrics["functional"]["sides"]
-        rows, names = max(len(side["rows"]) for side in sides), metrics["functional"]["identities"]
-        size = (3.2 + 0.62 * (len(names) + 1), 1.2 + 0.27 * rows)
+        width = 3.2 + 0.62 * (len(metrics["functional"]["identities"]) + 1)
         for place, side in enumerate(sides):
+            size = (width, 1.2 + 0.27 * len(side["rows"]))
             words = "accuracy per functionality and target identity, in brackets the cases"
             paint = heat_map(metrics["functional"], place)
             plots.append((f"Functional tests: {visible(side['label'])} cases", words, paint, size))
@@ -6264,6 +6278,11 @@ def heat_map(functional: dict[str, Any], place: int) -> Callable[[Any], None]:
     return lambda axis: plot_functional([axis], one)
 
 
+# Strategies and groups differ by mark and line, too, because colours repeat and not all tell them
+# apart.
+PLOT_MARKS, PLOT_LINES = "os^DvP*X", ("-", "--", "-.", ":")
+
+
 def filled_groups(metrics: dict[str, Any]) -> list[str]:
     """The groups, and the row of the posts aimed at none where there are such."""
     groups = metrics["strategies"][0]["groups"]
@@ -6276,21 +6295,20 @@ def whiskers(
     """Dots with 95 % whiskers: a row per group, in it a mark per strategy."""
 
     def paint(axis: Any) -> None:
-        groups = filled_groups(metrics)
+        groups, least = filled_groups(metrics), metrics["min_denominator"]
         for place, one in enumerate(drawn):
             colour = MODEL_COLOURS[one["kind"]]
             for row, group in enumerate(groups):
                 figure = one["groups"][group][key]
                 y = row + (place - (len(drawn) - 1) / 2) * 0.2
-                if figure["value"] is None:
-                    axis.text(0.01, y, "undefined", va="center", color="#57606a", size=8)
+                if figure["value"] is None or figure["n"] < least:
+                    words = "undefined" if figure["value"] is None else "insufficient"
+                    axis.text(0.01, y, words, va="center", color="#57606a", size=8)
                     continue
                 axis.plot([figure["low"], figure["high"]], [y, y], color=colour, lw=1.8)
                 fill = colour if place == 0 else "#ffffff"
-                axis.plot(
-                    figure["value"], y, "o", ms=5, mfc=fill, mec=colour, mew=1.6,
-                    label=visible(one["name"], 24) if row == 0 else None,
-                )  # fmt: skip
+                mark = PLOT_MARKS[place % len(PLOT_MARKS)]
+                axis.plot(figure["value"], y, mark, ms=5, mfc=fill, mec=colour, mew=1.6)
         value = drawn[0]["overall"][key]["value"]
         if value is not None:
             axis.axvline(value, color=MODEL_COLOURS["model"], lw=1, ls="--", alpha=0.7)
@@ -6303,13 +6321,13 @@ def whiskers(
         axis.set_xlim(0, 1)
         axis.xaxis.set_major_formatter(lambda value, _: f"{100 * value:.0f} %")
         axis.grid(axis="x")
-        marks: dict[str, Any] = {}
-        for line in axis.lines:
-            if not line.get_label().startswith("_"):
-                marks.setdefault(line.get_label(), line)
-        axis.legend(
-            marks.values(), marks, loc="lower center", bbox_to_anchor=(0.4, 1), ncols=3, fontsize=8
-        )
+        marks = []
+        for place, one in enumerate(drawn):
+            colour = MODEL_COLOURS[one["kind"]]
+            mark, fill = PLOT_MARKS[place % len(PLOT_MARKS)], colour if place == 0 else "#ffffff"
+            marks += axis.plot([], [], mark, ms=5, mfc=fill, mec=colour, mew=1.6)
+        names = [visible(one["name"], 24) for one in drawn]
+        axis.legend(marks, names, loc="lower center", bbox_to_anchor=(0.4, 1), ncols=3, fontsize=8)
 
     return paint
 
@@ -6329,8 +6347,8 @@ def curve(sample: Sample, drawn: list[dict[str, Any]], kind: str) -> Callable[[A
     def paint(axis: Any) -> None:
         from sklearn.metrics import precision_recall_curve, roc_curve
 
-        truth = sample.positives
-        for one in drawn:
+        truth, lines, names = sample.positives, [], []
+        for place, one in enumerate(drawn):
             scores = sample.scores[one["name"]]
             if kind == "roc":
                 x, y, _ = roc_curve(truth, scores)
@@ -6338,8 +6356,9 @@ def curve(sample: Sample, drawn: list[dict[str, Any]], kind: str) -> Callable[[A
             else:
                 y, x, _ = precision_recall_curve(truth, scores)
                 area = one["overall"]["average_precision"]["value"]
-            name = f"{visible(one['name'], 24)} {area:.3f}"
-            axis.plot(*thinned(x, y), color=MODEL_COLOURS[one["kind"]], lw=1.6, label=name)
+            names.append(f"{visible(one['name'], 24)} {area:.3f}")
+            style = PLOT_LINES[place % len(PLOT_LINES)]
+            lines += axis.plot(*thinned(x, y), style, color=MODEL_COLOURS[one["kind"]], lw=1.6)
         if kind == "roc":
             axis.plot([0, 1], [0, 1], color="#57606a", lw=0.8, ls=":")
             axis.set_xlabel("false positive rate")
@@ -6350,7 +6369,7 @@ def curve(sample: Sample, drawn: list[dict[str, Any]], kind: str) -> Callable[[A
             axis.set_ylabel("precision")
         axis.set(xlim=(-0.01, 1.01), ylim=(-0.01, 1.02))
         axis.grid()
-        axis.legend(loc="lower right" if kind == "roc" else "lower left", fontsize=8)
+        axis.legend(lines, names, loc=f"lower {'right' if kind == 'roc' else 'left'}", fontsize=8)
 
     return paint
 
@@ -6369,6 +6388,7 @@ def reliability(sample: Sample, model: str) -> Callable[[Any], None]:
             if sample.members[group].sum() >= MIN_DENOMINATOR
         }
         axis.plot([0, 1], [0, 1], color="#57606a", lw=0.8, ls=":")
+        lines, names = [], []
         colours = [MODEL_COLOURS["model"], *[c for k, c in MODEL_COLOURS.items() if k != "model"]]
         for number_, (place, posts) in enumerate(places.items()):
             bins = equal_mass_bins(scores[posts], 10 if number_ == 0 else 5)
@@ -6377,14 +6397,15 @@ def reliability(sample: Sample, model: str) -> Callable[[Any], None]:
             x = np.bincount(bins, weights=scores[posts])[kept] / counts[kept]
             hits = np.bincount(bins, weights=positive[posts])[kept].astype(int)
             y, colour = hits / counts[kept], colours[number_ % len(colours)]
-            label = f"{visible(place, 20)} ({posts.sum()})"
-            axis.plot(x, y, "o-", ms=3.5, lw=2 if number_ == 0 else 1.1, color=colour, label=label)
+            names.append(f"{visible(place, 20)} ({posts.sum()})")
+            style = PLOT_MARKS[number_ % len(PLOT_MARKS)] + PLOT_LINES[number_ % len(PLOT_LINES)]
+            lines += axis.plot(x, y, style, ms=4, lw=2 if number_ == 0 else 1.1, color=colour)
             if number_ == 0:
                 ends = np.array([wilson(int(h), int(n)) for h, n in zip(hits, counts[kept])])  # noqa: B905
                 axis.vlines(x, ends[:, 0], ends[:, 1], color=colour, lw=1, alpha=0.6)
         axis.set(xlim=(-0.01, 1.01), ylim=(-0.01, 1.02), xlabel="mean p", ylabel="share positive")
         axis.grid()
-        axis.legend(loc="upper left", fontsize=8)
+        axis.legend(lines, names, loc="upper left", fontsize=8, handlelength=3)
 
     return paint
 
@@ -7003,8 +7024,9 @@ def build_sections(metrics: dict[str, Any]) -> list[dict[str, Any]]:
     sections = [
         (
             "Answers without label",
-            "Rates leave them out; below, each case counts them in another way. The truth lies "
-            "between the last two.",
+            "Rates leave them out; here each row counts them in another way. Whatever the labels "
+            "were, error rates lie between the last two rows, and accuracy is no lower than as "
+            "errors.",
             unparsed_table(metrics),
         ),
         (
@@ -7221,16 +7243,17 @@ PAGE = """{% macro figure(cell) -%}
 :root { color-scheme: light dark; --paper: #fff; --ink: #1c2127; --soft: #57606a; --line: #d5dae0;
   --band: #f4f6f8; --model: #0a5bb0; --baseline: #8a5a00; --compared: #6b3fa0; --base: #00655a;
   --against: #a3195b; --bad: #a1260d; }
-@media (prefers-color-scheme: dark) { :root { --paper: #14181d; --ink: #e4e8ec; --soft: #a0abb6;
-  --line: #343c45; --band: #1c2229; --model: #74b3ff; --baseline: #dca94f; --compared: #c9a3ff;
-  --base: #5fd3c0; --against: #ff9ac6; --bad: #ff9b85; } }
+@media screen and (prefers-color-scheme: dark) { :root { --paper: #14181d; --ink: #e4e8ec;
+  --soft: #a0abb6; --line: #343c45; --band: #1c2229; --model: #74b3ff; --baseline: #dca94f;
+  --compared: #c9a3ff; --base: #5fd3c0; --against: #ff9ac6; --bad: #ff9b85; } }
 * { box-sizing: border-box; }
-body { margin: 0; background: var(--paper); color: var(--ink);
+body { margin: 0; background: var(--paper); color: var(--ink); overflow-wrap: break-word;
   font: 16px/1.5 system-ui, "Segoe UI", Roboto, sans-serif; }
 main { max-width: 78rem; margin: 0 auto; padding: 2.5rem 1.25rem 4rem; }
-h1 { margin: 0; font-size: 1.7rem; line-height: 1.25; overflow-wrap: anywhere; }
+h1 { margin: 0; font-size: 1.7rem; line-height: 1.25; }
 h2 { margin: 2.75rem 0 .75rem; font-size: 1.2rem; }
 h3 { margin: 0; font-size: 1rem; }
+.scroll + h3 { margin-top: 1.5rem; }
 p { max-width: 46rem; margin: .5rem 0; }
 a { color: var(--model); }
 .soft { color: var(--soft); font-size: .9rem; }
@@ -7244,7 +7267,7 @@ table { width: 100%; border-collapse: collapse; font-size: .88rem;
   font-variant-numeric: tabular-nums; }
 th, td { padding: .4rem .8rem .4rem 0; border-bottom: 1px solid var(--line); text-align: left;
   vertical-align: baseline; }
-thead th { color: var(--soft); font-weight: 600; }
+.figures thead th { color: var(--soft); font-weight: 600; white-space: normal; }
 tbody th { font-weight: 600; }
 .figures td, .figures th { white-space: nowrap; }
 .figures .undefined { color: var(--soft); white-space: normal; }
@@ -7258,6 +7281,7 @@ tr.first td, tr.first th { border-top: 2px solid var(--line); }
 figure { margin: 0; overflow-x: auto; }
 figure.wide { grid-column: 1 / -1; }
 svg { display: block; width: 100%; min-width: 20rem; max-width: 46rem; height: auto; }
+.wide svg { min-width: 40rem; max-width: 56rem; }
 svg text { font-family: system-ui, "Segoe UI", Roboto, sans-serif; }
 details { margin: .25rem 0; font-weight: 400; }
 .errors th, .errors td { vertical-align: top; }
@@ -7282,7 +7306,7 @@ li { max-width: 46rem; margin: .35rem 0; }
 </ul></div>
 {% if gates %}
 <h2>Gates</h2>
-<div class="scroll"><table class="figures">
+<div class="scroll" tabindex="0" role="group" aria-label="gates"><table class="figures">
 <thead><tr>{% for cell in gates[0] %}<th scope="col">{{ cell }}</th>{% endfor %}</tr></thead>
 <tbody>
 {% for row in gates[1:] %}
@@ -7319,15 +7343,17 @@ within a true label), corrected for all tests (Holm). A group stands out only wh
 gap is more than chance, too. The gap's interval begins at 0 where chance explains it.</p>
 {% endif %}
 
+{% if plots %}
 <h2>Plots</h2>
 <div class="plots">
 {% for plot in plots %}
-<figure>
+<figure{% if plot.wide %} class="wide" tabindex="0"{% endif %}>
 <h3>{{ plot.title }}</h3><p class="soft">{{ plot.words }}</p>
 {{ plot.svg | safe }}
 </figure>
 {% endfor %}
 </div>
+{% endif %}
 
 <h2>All posts</h2>
 {{ table(overall, true) }}
