@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tiny
 from hub import Hub
 from huggingface_hub import HfApi
 from scipy.special import expit
@@ -589,6 +590,35 @@ def test_the_posts_held_back_are_those_of_the_training(calibrate: ModuleType) ->
         held = calibrate.held_back_ids(names, fraction)
         assert held == train.held_back_ids(names, fraction)
         assert abs(len(held) / 3000 - fraction) < 0.03
+
+
+def test_a_trained_adapter_is_fitted_on_what_its_early_stopping_left(
+    calibrate: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    posts = tiny.post_rows()
+    files = {
+        name: tiny.write_jsonl(tmp_path / f"{name}.jsonl", rows)
+        for name, rows in (("train", posts[:16]), ("validation", posts[16:216]))
+    }
+    base, out = tiny.save_model(tmp_path / "llama"), tmp_path / "lora"
+    flags = ["--model_name_or_path", str(base), "--output_dir", str(out), "--report_to", "none"]
+    flags += [word for name, file in files.items() for word in (f"--{name}_file", str(file))]
+    flags += ["--max_steps", "2", "--save_steps", "2", "--warmup_steps", "0"]
+    load_script("train/train.py").main([*flags, "--calibration_fraction", "0.4"])
+    words = r"(\d+) of 200 (?:validation )?posts (?:are|were) kept from early stopping"
+    [trained] = re.findall(words, capsys.readouterr().out)
+    rows = [
+        row | {"id": f"validation-{number}"}
+        for number, row in enumerate(made_rows("v", 200, 1), start=1)
+    ]
+    write_evaluation(out, "validation", rows)
+    write_evaluation(out, "test", made_rows("t", 200, 2))
+    calibrate.main(["--adapter", str(out)])
+    assert re.findall(words, capsys.readouterr().out) == [trained]
+    profile = decisions(out)["profiles"]["default"]
+    assert profile["fitted_on"]["posts"] == int(trained)
+    assert profile["fitted_on"]["calibration_fraction"] == 0.4
+    assert len(profile["weights"]["run_sha256"]) == 64 and profile["weights"]["step"] == 2
 
 
 def test_posts_that_allow_no_fit_are_named(
