@@ -271,16 +271,18 @@ def test_answers_without_label_count_as_wrong(
     rows = answers(1)
     lost = [index for index, row in enumerate(rows) if row["prediction"] == row["label"]][:30]
     other = [{**row} for row in rows]
-    for index in lost:
+    # Wrong before and without label now: still wrong, so not decided otherwise.
+    same = [index for index, row in enumerate(rows) if row["prediction"] != row["label"]][:5]
+    for index in [*lost, *same]:
         other[index]["prediction"] = "unknown"
     files = [write_csv(tmp_path / "a.csv", rows), write_csv(tmp_path / "b.csv", other)]
     found = run(compare, tmp_path, *files)
     [one] = found["metrics"]["comparisons"]
     assert one["changed"] == one["only_first_right"] == 30 and one["only_second_right"] == 0
     assert one["overall"]["accuracy"]["value"] == pytest.approx(0.1)
-    assert found["runs"][1]["unparsed"] == 30
+    assert found["runs"][1]["unparsed"] == 35
     printed = capsys.readouterr().out
-    assert "b gave 30 answers without label, which count as wrong" in printed
+    assert "b gave 35 answers without label, which count as wrong" in printed
     changed = read_csv(tmp_path / "out" / "changed.csv")
     assert [row["id"] for row in changed] == [rows[index]["id"] for index in lost]
     assert {row["prediction_second"] for row in changed} == {""}
@@ -369,6 +371,8 @@ def figure(value: float, low: float | None, high: float | None, **more: Any) -> 
         ("accuracy", figure(-0.06, -0.11, -0.01, p=0.01), ("B", 6, 1, 11)),
         ("false_negative_rate", figure(0.06, 0.01, 0.11, p=0.01), ("B", 6, 1, 11)),
         ("false_negative_rate", figure(-0.06, -0.11, -0.01, p=0.01), ("A", 6, 1, 11)),
+        ("false_positive_rate", figure(0.06, 0.01, 0.11, p=0.01), ("B", 6, 1, 11)),
+        ("brier", figure(-0.06, -0.11, -0.01, p=0.01), ("A", 6, 1, 11)),
         ("accuracy", figure(0.06, -0.01, 0.11, p=0.01), None),
         ("accuracy", figure(0.06, 0.01, 0.11, p=0.05), None),
         ("accuracy", figure(0.06, None, None, p=0.01), None),
@@ -387,6 +391,28 @@ def test_a_claim_needs_a_p_value_and_an_interval_without_zero(
         [found] = found
         values = [found[name] for name in ("points", "low", "high")]
         assert found["better"] == claim[0] and values == pytest.approx(claim[1:])
+
+
+def test_a_verdict_is_corrected_for_all_pairs(compare: ModuleType) -> None:
+    def comparison(p: float) -> dict[str, Any]:
+        rates = {"false_positive_rate": figure(0, -0.1, 0.1, p=1.0)}
+        rates["false_negative_rate"] = figure(-0.1, -0.2, -0.01, p=p)
+        one = {"first": "A", "second": "B", "n": 300, "changed": 30, "groups": {"mexican": rates}}
+        return one | {"overall": {"accuracy": figure(0.06, 0.01, 0.11, p=p)}}
+
+    alone = [comparison(0.02)]
+    compare.correct_over_pairs(alone)
+    assert [one["place"] for one in compare.describe_pair(alone[0], {}, [])["claims"]] == [
+        "overall",
+        "mexican",
+    ]
+    three = [comparison(0.02), comparison(1.0), comparison(1.0)]
+    compare.correct_over_pairs(three)
+    words = compare.describe_pair(three[0], {}, [])["words"]
+    assert words == (
+        "No evidence that A and B differ (accuracy of A higher by 6.0 points [1.0, 11.0], "
+        "p = 0.060)."
+    )
 
 
 def test_rates_of_few_posts_are_called_insufficient(
