@@ -5202,16 +5202,28 @@ def describe_posts(posts: list[dict[str, Any]], columns: list[dict[str, Any]]) -
         if post["text"] is not None:
             size = len(post["text"])
             length = next(name for name, (low, high) in LENGTHS.items() if low <= size < high)
-        votes = row.get("annotator_labels") or []
+        votes = votes_of(row.get("annotator_labels"))
         agreement = ""
         if len(votes) > 1:
             most = Counter(votes).most_common(1)[0][1]
             agreement = "unanimous" if most == len(votes) else f"{most} of {len(votes)}"
         post["columns"] = {
-            name: value for name, value in row.items() if isinstance(value, (str, int, bool))
+            name: value for name, value in row.items() if isinstance(value, (str, int, float))
         }
-        post["columns"] |= {"length": length, "agreement": agreement}
+        known = post["columns"]
+        # An evaluation's own file has these without text or votes.
+        known["length"] = length or str(known.get("length", ""))
+        known["agreement"] = agreement or str(known.get("agreement", ""))
         post["votes"] = votes
+
+
+def votes_of(value: Any) -> list[str]:
+    """The votes of a cell: a list, text that holds one, or classes parted by `|`."""
+    if isinstance(value, str) and value.startswith("["):
+        with contextlib.suppress(ValueError, SyntaxError):
+            value = ast.literal_eval(value)
+    votes = value.split("|") if isinstance(value, str) else list(value or [])
+    return [str(vote) for vote in votes if vote not in (None, "")]
 
 
 def build_slices(
@@ -6107,7 +6119,7 @@ def publish(
             text = card.read_text(encoding="utf-8")
             card.write_text(new_card(args, text, folder), encoding="utf-8")
     if args.space:
-        push_space(args.space, folder, f"Bias report: {adapter.name if adapter else name}")
+        push_space(args.space, folder, f"{SPACE_TITLE}: {adapter.name if adapter else name}")
 
 
 def updates_card(args: argparse.Namespace) -> bool:
@@ -7435,7 +7447,13 @@ def read_card_fields(path: str | None) -> dict[str, str]:
             f"--card_fields {path} has the unknown field {unknown[0]!r}. The fields are: "
             f"{', '.join(CARD_FIELDS)}."
         )
-    return {name: str(value) for name, value in fields.items() if value not in (None, "")}
+    listed = {name: value if isinstance(value, list) else [value] for name, value in fields.items()}
+    texts = {name: ", ".join(str(one) for one in some) for name, some in listed.items()}
+    return {
+        name: " ".join(text.split())
+        for name, text in texts.items()
+        if fields[name] not in (None, [], "")
+    }
 
 
 def build_card_section(
@@ -7481,16 +7499,43 @@ def build_card_section(
 def update_card(text: str, section: str, metrics: dict[str, Any], record: dict[str, Any]) -> str:
     """A model card with this evaluation's section and results in place of an earlier one's.
 
-    Everything else of the card stays as it is, results of others in its model-index too.
+    Everything else of the card stays as it is, results of others in its model-index too. Where
+    the front matter is no mapping with a model-index in the Hub's form, it stays without results.
     """
-    from huggingface_hub import EvalResult, ModelCard
+    from huggingface_hub.repocard import RepoCard
+    from yaml import YAMLError
 
-    begin, end = text.find(CARD_BEGIN), text.find(CARD_END)
-    if 0 <= begin < end:
-        text = text[:begin] + section + text[end + len(CARD_END) :]
+    # A marker without its other half is text like any other.
+    begin, end = re.escape(CARD_BEGIN), re.escape(CARD_END)
+    found = re.search(f"{begin}((?!{begin}).)*?{end}", text, re.DOTALL)
+    if found:
+        text = text[: found.start()] + section + text[found.end() :]
     else:
         text = f"{text.rstrip()}\n\n{section}\n"
-    card = ModelCard(text, ignore_metadata_errors=True)
+    own = model_index(metrics, record)
+    if not own:
+        return text
+    name = own[0]["results"][0]["dataset"]["name"]
+    try:
+        card = RepoCard(text)
+        kept = card.data.get("model-index") or []
+        for model in kept:
+            model["results"] = [one for one in model["results"] if one["dataset"]["name"] != name]
+        if kept:
+            kept[0]["results"] += own[0]["results"]
+        card.data["model-index"] = kept or own
+        return str(card)
+    except (YAMLError, ValueError, TypeError, LookupError) as error:
+        reason = visible(str(error).split("\n")[0], 200)
+        print(f"the model card's metadata stay without results: {reason}", flush=True)
+        return text
+
+
+def model_index(metrics: dict[str, Any], record: dict[str, Any]) -> list[dict[str, Any]]:
+    """The evaluation's figures in the form of a model card's model-index; empty without any."""
+    from huggingface_hub import EvalResult
+    from huggingface_hub.repocard_data import eval_results_to_model_index
+
     data = record["dataset"] or {}
     name = data.get("repo") or (record["test_file"] or {}).get("file") or record["name"]
     figures = metrics["strategies"][0]["overall"]
@@ -7510,13 +7555,8 @@ def update_card(text: str, section: str, metrics: dict[str, Any], record: dict[s
         for key, kind in kinds.items()
         if figures[key]["value"] is not None
     ]
-    kept = [
-        one for one in card.data.eval_results or [] if one.dataset_name != results[0].dataset_name
-    ]
-    card.data.eval_results = kept + results
-    if not card.data.model_name:
-        card.data.model_name = (record["adapter"] or {"repo": "detector"})["repo"].split("/")[-1]
-    return str(card)
+    model = (record["adapter"] or {"repo": "detector"})["repo"].split("/")[-1]
+    return eval_results_to_model_index(model, results) if results else []
 
 
 # --- loggers and Space -----------------------------------------------------------------------
@@ -7533,8 +7573,6 @@ def log_to_wandb(
 
     No failure here ends the evaluation. Posts go there only with --log_text.
     """
-    import wandb
-
     for name, value in {
         "WANDB_PROJECT": "hate-speech-detector",
         "WANDB_CONSOLE": "off",
@@ -7558,6 +7596,8 @@ def log_to_wandb(
             if figures[key]["value"] is not None:
                 values[f"{prefix}/{group}/{key}"] = figures[key]["value"]
     try:
+        import wandb
+
         if wandb.setup().settings.mode == "online" and not wandb.login(prompt=False, verify=False):
             options["mode"] = "offline"
         run = wandb.init(config={"evaluation": record["arguments"]}, **options)
@@ -7577,6 +7617,9 @@ def log_to_wandb(
     print(f"W&B: logged to run {run.id}", flush=True)
 
 
+SPACE_TITLE = "Bias report"
+
+
 def check_space(args: argparse.Namespace) -> None:
     """Create the private Space where it is missing; end on one that holds other things."""
     from huggingface_hub import HfApi
@@ -7585,11 +7628,18 @@ def check_space(args: argparse.Namespace) -> None:
     with hub_errors(f"write to the Space {name}"):
         api.create_repo(name, repo_type="space", space_sdk="static", private=True, exist_ok=True)
         info = api.repo_info(name, repo_type="space")
+        files, front = {file.rfilename for file in info.siblings or []}, ""
+        if "README.md" in files:
+            card = api.hf_hub_download(name, "README.md", repo_type="space", revision=info.sha)
+            front = Path(card).read_text(encoding="utf-8", errors="replace")
     if not info.private and not args.allow_public:
         fail(f"the Space {name} is public. Make it private, or say --allow_public true.")
-    files = {file.rfilename for file in info.siblings or []}
-    if files - {".gitattributes", "README.md", "index.html", "style.css"}:
-        fail(f"the Space {name} holds files of something else. Name another one.")
+    # The Hub starts a Space with the page and the style of a template.
+    ours = {".gitattributes", "README.md", "style.css"}
+    ours |= {"index.html"} if SPACE_TITLE in front or "style.css" in files else set()
+    if files - ours:
+        listed = ", ".join(sorted(map(visible, files - ours))[:3])
+        fail(f"the Space {name} holds other things ({listed}). Name another one.")
 
 
 def push_space(name: str, folder: Path, title: str) -> None:
@@ -7603,7 +7653,7 @@ def push_space(name: str, folder: Path, title: str) -> None:
     ]
     with hub_errors(f"publish the report in {name}"):
         made = commit(name, "space", operations, title)
-    print(f"published: Space {name}@{made} (private)", flush=True)
+    print(f"published: Space {name}@{made}", flush=True)
 
 
 # --- shared: the same text in every script that has it ---------------------------------------
