@@ -85,9 +85,9 @@ GROUP_CUTS_REASON = (
     "unlawful; and a group's own cut-off rests on few posts, so much of it is noise."
 )
 GROUP_CUTS_METHOD = (
-    "Each group gets the cut-off whose false-positive rate on its fit posts is nearest to the one "
-    "that the profile's threshold has on all of them. A post of several groups gets the highest of "
-    "their cut-offs, one of no such group the profile's threshold."
+    "Each group with enough posts of both labels gets the cut-off whose false-positive rate on its "
+    "fit posts is nearest to the one that the profile's threshold has on the posts of all these "
+    "groups. A post of several gets the highest of their cut-offs, one of none the threshold."
 )
 
 
@@ -695,13 +695,15 @@ def groups_with_both(posts: Scored) -> list[str]:
 def fit_group_cuts(
     p: Any, truth: Any, members: dict[str, Any], groups: list[str], threshold: float
 ) -> dict[str, float]:
-    """A cut-off for each of these groups, all of about the false-positive rate of the threshold.
+    """A cut-off for each of these groups, all of about one false-positive rate.
 
-    So the groups become equal and about as many posts are flagged wrongly as before.
+    It is that of the threshold on the posts of all of them: they become equal, and about as many
+    of their posts are flagged wrongly as before. Posts of no group would pull it to their own.
     """
     import numpy as np
 
-    common = float((p[~truth] >= threshold).mean())
+    counted = np.any([members[group] for group in groups], axis=0) & ~truth
+    common = float((p[counted] >= threshold).mean())
     found = {}
     for group in groups:
         inside = members[group]
@@ -1323,6 +1325,14 @@ def remarks(profile: dict[str, Any]) -> list[str]:
         lines.append(f"Warning. {USED_POSTS}")
     if not profile["weights"]["proved_for_both_evaluations"]:
         lines.append("Warning. Predictions from files: nothing proves that both are of one model.")
+    before, after = (
+        profile["measured"]["apply"][phase]["overall"]["ece"]["value"] for phase in PHASES
+    )
+    if profile["temperature"] != 1 and after > before:
+        lines.append(
+            f"Warning. The temperature makes the calibration error of the reported posts larger "
+            f"({100 * before:.1f} % to {100 * after:.1f} %): one number cannot mend these scores."
+        )
     if profile["fitted_on"]["another_build_than_training"]:
         lines.append(
             "Warning. The posts fitted on are of another commit of the dataset than the training "

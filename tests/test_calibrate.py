@@ -318,6 +318,27 @@ def test_cut_offs_per_group_close_a_planted_gap_on_other_posts(calibrate: Module
     assert np.mean(balanced) >= -0.01 and np.mean(np.array(balanced) >= -0.01) >= 0.8
 
 
+def test_cut_offs_per_group_are_those_of_the_groups_posts_alone(calibrate: ModuleType) -> None:
+    """Many harmless posts of no group would otherwise lower every group's rate."""
+    chance = np.random.default_rng(3)
+    truth = chance.random(900) < 0.5
+    p = expit(chance.normal(2 * (truth - 0.5), 1, 900))
+    members = {"a": np.arange(900) < 300, "b": np.arange(900) >= 600}
+    few = calibrate.fit_group_cuts(p, truth, members, ["a", "b"], 0.4)
+    more = {name: np.append(inside, np.zeros(5000, bool)) for name, inside in members.items()}
+    many = calibrate.fit_group_cuts(
+        np.append(p, np.full(5000, 0.01)),
+        np.append(truth, np.zeros(5000, bool)),
+        more,
+        ["a", "b"],
+        0.4,
+    )
+    assert few == many and all(0.3 < cut < 0.5 for cut in few.values())
+    both = {name: inside | (np.arange(900) < 5) for name, inside in members.items()}
+    own = calibrate.cut_of_posts(both, {"a": 0.2, "b": 0.7}, 0.4, 900)
+    assert own[:5].tolist() == [0.7] * 5 and own[[10, 450, 800]].tolist() == [0.2, 0.4, 0.7]
+
+
 # --- a run -----------------------------------------------------------------------------------
 
 
@@ -497,6 +518,16 @@ def test_hostile_group_names_stay_text(
     for shown in (printed, text):
         assert "\u202e" not in shown and "\x1b" not in shown
     assert "<img" not in text and "://" not in text and not re.search(r"(?<!\\)\]\(", text)
+
+
+def test_a_temperature_that_does_not_carry_over_is_said(
+    calibrate: ModuleType, adapter: Path, capsys: pytest.CaptureFixture
+) -> None:
+    write_evaluation(adapter, "test", made_rows("t", 900, 2, temperature=1.0))
+    calibrate.main(["--adapter", str(adapter)])
+    words = r"makes the calibration error of the reported posts larger \((.+) % to (.+) %\)"
+    before, after = re.search(words, capsys.readouterr().out).groups()
+    assert float(before) < float(after)
 
 
 def test_more_posts_than_are_drawn_one_by_one(
