@@ -424,6 +424,7 @@ def main(argv: list[str] | None = None) -> None:
     record |= build_record(args, contract, [adapter, base, dataset], task, metrics)
     record |= {"name": name, "key": key, "device": device_name(device), "profile": profile}
     record |= {"dtype": setup.dtype, "world_size": world.size}
+    record["weights_sha256"] = weights_sha256(adapter) if scored else None
     with draft_folder(target) as draft:
         write_files(draft, args, task, posts, metrics, sample, record)
         publish_draft(draft, target, output_files(args))
@@ -451,7 +452,8 @@ def use_profile(args: argparse.Namespace, adapter: Repo | None) -> dict[str, Any
         f"threshold {profile['threshold']:.4g}",
         flush=True,
     )
-    return {"name": args.profile, **profile}
+    cuts = ("created", "temperature", "threshold", "review", "act")
+    return {"name": args.profile, **{key: profile.get(key) for key in cuts}}
 
 
 def calibrate_posts(
@@ -3632,18 +3634,21 @@ def rank_some(
     used |= dict.fromkeys((("overall", True, True), ("overall", True, False)))
     inside = np.stack([*places.values()], axis=1).astype(np.float64)
     calibration = {name: calibration_design(sample, cells, scores[name]) for name in strategies}
-    # What the sides are counted by: without levels the cells themselves, else the levels.
+    # What the sides are counted by: without levels the cells themselves, else the levels. Posts
+    # of one label and the same groups are on the same sides.
+    alike = build_cells(positive, members[cells.first])
+    side_of = np.stack([masks[mask][alike.first] for mask in used]).astype(np.float32)
     rank_of: dict[Any, Any] = {}
-    blocks: dict[str, Any] = {}
+    in_grid: dict[str, tuple[Any, Any, Any, int]] = {}
     for name in strategies:
         own = ranks[name][cells.first]
-        every = np.arange(own.max() + 1)
+        size = int(own.max()) + 1
         for mask in used:
-            rank_of[name, mask] = every if levels else own[masks[mask]]
-        if levels:
-            level = own[:, None] == every
-            stacked = [level & masks[mask][:, None] for mask in used]
-            blocks[name] = np.concatenate(stacked, axis=1).astype(np.float32)
+            rank_of[name, mask] = np.arange(size) if levels else own[masks[mask]]
+        place = alike.of * size + own
+        sorted_ = np.argsort(place, kind="stable")
+        starts = np.flatnonzero(np.diff(place[sorted_], prepend=-1))
+        in_grid[name] = sorted_, starts, place[sorted_][starts], size
     order = {
         (name, side): pair_order(rank_of[name, side[0]], rank_of[name, side[1]])
         for name in strategies
@@ -3657,8 +3662,11 @@ def rank_some(
         split = {mask: np.take(counts, posts, axis=1) for mask, posts in at.items() if not levels}
         for name in strategies:
             if levels:
-                counted = np.split(counts @ blocks[name], len(used), axis=1)
-                split = dict(zip(used, counted, strict=True))
+                sorted_, starts, at_place, size = in_grid[name]
+                grid = np.zeros((len(counts), len(alike.counts) * size), dtype=counts.dtype)
+                grid[:, at_place] = np.add.reduceat(counts[:, sorted_], starts, axis=1)
+                counted = side_of @ grid.reshape(len(counts), -1, size)
+                split = {mask: counted[:, index] for index, mask in enumerate(used)}
             for (place, key), side in sides.items():
                 pair = split[side[0]], split[side[1]]
                 found[name, place, key] = auc(*pair, order[name, side])
@@ -5863,6 +5871,7 @@ def build_record(
             "max_length": task.max_length,
         },
         "threshold": metrics["threshold"],
+        "weights_sha256": None,
         "posts": metrics["n"],
         "cut_posts": metrics["cut_posts"],
         "near_ties": metrics["near_ties"],

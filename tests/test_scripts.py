@@ -85,7 +85,8 @@ def test_scripts_agree_on_python_and_on_the_date_of_their_packages() -> None:
 @every_script
 def test_a_bare_job_submission_is_complete(script: Path) -> None:
     job = metadata(script)["tool"]["hf-jobs"]
-    gpu = script.parent.name in ("train", "eval")
+    gpu = "torch" in {pin.split("==")[0] for pin in metadata(script)["dependencies"]}
+    gpu = gpu and script.parent.name in ("train", "eval")
     assert job["flavor"] == ("a100-large" if gpu else "cpu-upgrade")
     assert job["secrets"] == ["HF_TOKEN"] and job["name"].startswith("hsd-")
     assert re.fullmatch(r"\d+[mh]", job["timeout"])
