@@ -1629,15 +1629,19 @@ def difference_ends(one: dict[str, Any], other: dict[str, Any]) -> tuple[float, 
 
 def ratio_ends(one: dict[str, Any], other: dict[str, Any]) -> tuple[float, float]:
     """The 95 % ends of a ratio of independent rates from those of each (Donner and Zou 2012)."""
-    p, q = one["value"], other["value"]
+    product = one["value"] * other["value"]
 
-    def end(near: float, far: float, sign: int) -> float:
-        below = far * (2 * q - far)
-        square = (p * q) ** 2 - near * (2 * p - near) * below
-        return (p * q + sign * math.sqrt(max(0.0, square))) / below if below > 0 else math.inf
+    def parts(mine: str, theirs: str) -> tuple[float, float, float]:
+        above, below = (
+            figure[end] * (2 * figure["value"] - figure[end])
+            for figure, end in ((one, mine), (other, theirs))
+        )
+        return above, below, product + math.sqrt(max(0.0, product**2 - above * below))
 
-    low = end(one["low"], other["high"], -1)
-    return (low if math.isfinite(low) else 0.0), end(one["high"], other["low"], 1)
+    above, _, root = parts("low", "high")
+    low = above / root if root else 0.0
+    _, below, root = parts("high", "low")
+    return low, root / below if below else math.inf
 
 
 def paired_difference(both: int, only_first: int, only_second: int, neither: int) -> dict[str, Any]:
@@ -2390,18 +2394,21 @@ def rank_some(
     used |= dict.fromkeys((("overall", True, True), ("overall", True, False)))
     inside = np.stack([*places.values()], axis=1).astype(np.float64)
     calibration = {name: calibration_design(sample, cells, scores[name]) for name in strategies}
-    # What the sides are counted by: without levels the cells themselves, else the levels.
+    # What the sides are counted by: without levels the cells themselves, else the levels. Posts
+    # of one label and the same groups are on the same sides.
+    alike = build_cells(positive, members[cells.first])
+    side_of = np.stack([masks[mask][alike.first] for mask in used]).astype(np.float32)
     rank_of: dict[Any, Any] = {}
-    blocks: dict[str, Any] = {}
+    in_grid: dict[str, tuple[Any, Any, Any, int]] = {}
     for name in strategies:
         own = ranks[name][cells.first]
-        every = np.arange(own.max() + 1)
+        size = int(own.max()) + 1
         for mask in used:
-            rank_of[name, mask] = every if levels else own[masks[mask]]
-        if levels:
-            level = own[:, None] == every
-            stacked = [level & masks[mask][:, None] for mask in used]
-            blocks[name] = np.concatenate(stacked, axis=1).astype(np.float32)
+            rank_of[name, mask] = np.arange(size) if levels else own[masks[mask]]
+        place = alike.of * size + own
+        sorted_ = np.argsort(place, kind="stable")
+        starts = np.flatnonzero(np.diff(place[sorted_], prepend=-1))
+        in_grid[name] = sorted_, starts, place[sorted_][starts], size
     order = {
         (name, side): pair_order(rank_of[name, side[0]], rank_of[name, side[1]])
         for name in strategies
@@ -2415,8 +2422,11 @@ def rank_some(
         split = {mask: np.take(counts, posts, axis=1) for mask, posts in at.items() if not levels}
         for name in strategies:
             if levels:
-                counted = np.split(counts @ blocks[name], len(used), axis=1)
-                split = dict(zip(used, counted, strict=True))
+                sorted_, starts, at_place, size = in_grid[name]
+                grid = np.zeros((len(counts), len(alike.counts) * size), dtype=counts.dtype)
+                grid[:, at_place] = np.add.reduceat(counts[:, sorted_], starts, axis=1)
+                counted = side_of @ grid.reshape(len(counts), -1, size)
+                split = {mask: counted[:, index] for index, mask in enumerate(used)}
             for (place, key), side in sides.items():
                 pair = split[side[0]], split[side[1]]
                 found[name, place, key] = auc(*pair, order[name, side])

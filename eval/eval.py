@@ -2873,15 +2873,19 @@ def difference_ends(one: dict[str, Any], other: dict[str, Any]) -> tuple[float, 
 
 def ratio_ends(one: dict[str, Any], other: dict[str, Any]) -> tuple[float, float]:
     """The 95 % ends of a ratio of independent rates from those of each (Donner and Zou 2012)."""
-    p, q = one["value"], other["value"]
+    product = one["value"] * other["value"]
 
-    def end(near: float, far: float, sign: int) -> float:
-        below = far * (2 * q - far)
-        square = (p * q) ** 2 - near * (2 * p - near) * below
-        return (p * q + sign * math.sqrt(max(0.0, square))) / below if below > 0 else math.inf
+    def parts(mine: str, theirs: str) -> tuple[float, float, float]:
+        above, below = (
+            figure[end] * (2 * figure["value"] - figure[end])
+            for figure, end in ((one, mine), (other, theirs))
+        )
+        return above, below, product + math.sqrt(max(0.0, product**2 - above * below))
 
-    low = end(one["low"], other["high"], -1)
-    return (low if math.isfinite(low) else 0.0), end(one["high"], other["low"], 1)
+    above, _, root = parts("low", "high")
+    low = above / root if root else 0.0
+    _, below, root = parts("high", "low")
+    return low, root / below if below else math.inf
 
 
 def paired_difference(both: int, only_first: int, only_second: int, neither: int) -> dict[str, Any]:
