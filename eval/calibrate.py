@@ -1924,7 +1924,7 @@ def read_table(file: Path) -> list[dict[str, Any]]:
 
         try:
             rows = parquet.read_table(file).to_pylist()
-        except (ArrowException, OSError) as error:
+        except (ArrowException, OSError, UnicodeDecodeError) as error:
             fail(f"{file} is no parquet file that can be read: {str(error).splitlines()[0]}")
         return rows
     try:
@@ -1945,6 +1945,12 @@ def read_table(file: Path) -> list[dict[str, Any]]:
             fail(f"{file} line {number_} is not JSON: {error}")
     if not all(isinstance(row, dict) for row in rows):
         fail(f"{file}: every line is to be an object.")
+    # Half of a surrogate pair can be escaped in JSON, and written nowhere.
+    if re.search(r"\\u[dD][89a-fA-F]", content):
+        try:
+            json.dumps(rows, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            fail(f"{file} is no valid Unicode: {error}")
     return rows
 
 

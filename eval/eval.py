@@ -4127,7 +4127,7 @@ def read_table(file: Path) -> list[dict[str, Any]]:
 
         try:
             rows = parquet.read_table(file).to_pylist()
-        except (ArrowException, OSError) as error:
+        except (ArrowException, OSError, UnicodeDecodeError) as error:
             fail(f"{file} is no parquet file that can be read: {str(error).splitlines()[0]}")
         return rows
     try:
@@ -4148,6 +4148,12 @@ def read_table(file: Path) -> list[dict[str, Any]]:
             fail(f"{file} line {number_} is not JSON: {error}")
     if not all(isinstance(row, dict) for row in rows):
         fail(f"{file}: every line is to be an object.")
+    # Half of a surrogate pair can be escaped in JSON, and written nowhere.
+    if re.search(r"\\u[dD][89a-fA-F]", content):
+        try:
+            json.dumps(rows, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            fail(f"{file} is no valid Unicode: {error}")
     return rows
 
 
@@ -6240,16 +6246,32 @@ def page_svg(text: str, prefix: str, label: str) -> str:
         tag = re.sub(r"font-family: [^;\"]*;? ?|; stroke-linejoin: miter", "", tag)
         tag = re.sub(r' transform="rotate\(-0 [^)]*\)"', "", tag)
         tag = re.sub(r"(\d+\.\d\d)\d+", r"\1", tag)
+        tag = re.sub(
+            r' (d|x|y)="[^"]*"', lambda points: re.sub(r"(\.\d)\d+", r"\1", points[0]), tag
+        )
         for colour, name in PAGE_COLOURS.items():
             tag = tag.replace(colour, f"var({name})")
         tag = re.sub(r' (xmlns(:xlink)?|version)="[^"]*"', "", tag)
-        return re.sub(r"\s*\n\s*", "\n", tag)
+        tag = re.sub(
+            r' style="([^"]*)"',
+            lambda style: f' class="{prefix}{styles.setdefault(style[1], len(styles))}"',
+            tag,
+        )
+        # A group that says nothing goes, its end too.
+        if re.match("<g[ >]", tag):
+            kept.append(tag != "<g>")
+        says = tag != "<g/>" and (kept.pop() if tag == "</g>" else tag != "<g>")
+        return re.sub(r"\s*\n\s*", "\n", tag) if says else ""
 
+    kept: list[bool] = []
+    styles: dict[str, int] = {}
     text = re.sub(r"<[^>]*>", page_tag, text)
     text = re.sub(r"\s*\n\s*", "\n", text)
-    text = re.sub(r"<g>\n(<(?:text|path)[^>]*(?:/>|>[^<]*</text>))\n</g>", r"\1", text)
     head = f'<svg role="img" aria-label="{escape(label)}" '
-    return re.sub(r'^<svg width="[^"]*" height="[^"]*"', head, text, count=1)
+    rules = "".join(f".{prefix}{place} {{{style}}}\n" for style, place in styles.items())
+    start = r'^<svg width="[^"]*" height="[^"]*"([^>]*>)'
+    # A function, because a label may hold what a template takes for an escape.
+    return re.sub(start, lambda found: f"{head}{found[1]}<style>{rules}</style>", text, count=1)
 
 
 def build_plots(
@@ -7295,7 +7317,7 @@ th, td { padding: .4rem .8rem .4rem 0; border-bottom: 1px solid var(--line); tex
 .figures thead th { color: var(--soft); font-weight: 600; white-space: normal; }
 tbody th { font-weight: 600; }
 .figures td, .figures th { white-space: nowrap; }
-.figures .undefined { color: var(--soft); white-space: normal; }
+.figures .undefined { color: var(--soft); white-space: normal; min-width: 9rem; }
 .model td, .model th { color: var(--model); }
 tr.first td, tr.first th { border-top: 2px solid var(--line); }
 .made th { width: 9rem; color: var(--soft); }
