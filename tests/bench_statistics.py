@@ -254,7 +254,7 @@ def measure_alarms(evaluate: ModuleType, args: argparse.Namespace) -> None:
     """How often an evaluation without bias reports one."""
     import numpy as np
 
-    header = ["groups (negatives, positives)", "FPR, FNR", "significant gap, %"]
+    header = ["groups (negatives + positives)", "FPR, FNR", "significant gap, %"]
     header += ["group stands out, %", "either, %", "gap's low end above 0, not significant, %"]
     rows: list[list[Any]] = [header]
     three = [(86, 80)] * 3
@@ -278,7 +278,7 @@ def measure_alarms(evaluate: ModuleType, args: argparse.Namespace) -> None:
             out = any(one["significant"] for gap in bias for one in gap["groups"].values())
             gaps, outs, either = gaps + gap, outs + out, either + (gap or out)
             loose += any((one["max_min"]["p"] or 1) < 0.05 for one in bias) and not gap
-        words = ", ".join(f"{negative}, {positive}" for negative, positive in dict.fromkeys(sizes))
+        words = ", ".join(f"{negative} + {positive}" for negative, positive in dict.fromkeys(sizes))
         words = f"{len(sizes)} of ({words})" + (", 15 % of the others in each too" * overlap)
         shares = [percent(count, args.repeats) for count in (gaps, outs, either, loose)]
         rows.append([words, f"{rate[0]}, {rate[1]}", *shares])
