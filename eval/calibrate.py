@@ -1821,7 +1821,7 @@ COLUMNS = {
 
 
 @dataclass(frozen=True)
-class Run:
+class Answered:
     """Answers to labelled posts, as a file holds them; every list has an entry per post.
 
     In `predicted` None is an answer without label. `scores` are p of the positive label, or None;
@@ -1843,7 +1843,7 @@ class Run:
     record: dict[str, Any]
 
 
-def read_runs(argument: str, eval_name: str, options: dict[str, Any]) -> list[Run]:
+def read_runs(argument: str, eval_name: str, options: dict[str, Any]) -> list[Answered]:
     """The runs of a file, of an evaluation's folder, or of an adapter repo; one per strategy.
 
     A repo is `user/name[@revision]`, its evaluation `eval_name` or `user/name/EVALUATION`.
@@ -1960,7 +1960,7 @@ def runs_of_rows(
     name: str,
     record: dict[str, Any],
     options: dict[str, Any],
-) -> list[Run]:
+) -> list[Answered]:
     """Rows as runs, one for each value of the strategy column, in the order of their first row."""
     if not rows:
         fail(f"{origin} holds no rows.")
@@ -2002,7 +2002,7 @@ def run_of_rows(
     column: dict[str, str | None],
     record: dict[str, Any],
     options: dict[str, Any],
-) -> Run:
+) -> Answered:
     """One strategy's rows as a run. Without an id the row's number is it."""
     labels, positive = options["labels"], options["positive"]
     truth, predicted, scores = [], [], []
@@ -2030,7 +2030,7 @@ def run_of_rows(
     used = {name for name in column.values() if name}
     further = [name for name in dict.fromkeys(key for row in rows for key in row)]
     ids = [str(row.get(column["id"])) if column["id"] else str(n) for n, row in enumerate(rows, 1)]
-    return Run(
+    return Answered(
         name=strategy,
         origin=origin,
         labels=labels,
@@ -2039,7 +2039,9 @@ def run_of_rows(
         truth=truth,
         predicted=predicted,
         scores=None if None in scores else scores,
-        groups=[groups_of(row.get(column["group"])) if column["group"] else [] for row in rows],
+        groups=[
+            groups_in_cell(row.get(column["group"])) if column["group"] else [] for row in rows
+        ],
         texts=[str(row.get(column["text"]) or "") for row in rows] if column["text"] else None,
         columns={
             name: [row.get(name) for row in rows]
@@ -2073,7 +2075,7 @@ def score_of(value: Any, origin: str, number_: int) -> float | None:
     return score
 
 
-def groups_of(value: Any) -> list[str]:
+def groups_in_cell(value: Any) -> list[str]:
     """The groups of a cell: a list, or names parted by `|`; a list as text is read as one."""
     if isinstance(value, str) and value.startswith("["):
         try:

@@ -254,7 +254,7 @@ def main(argv: list[str] | None = None) -> None:
 # --- runs and their posts --------------------------------------------------------------------
 
 
-def read_all(args: argparse.Namespace) -> list[Run]:
+def read_all(args: argparse.Namespace) -> list[Answered]:
     """The runs of all arguments, in their order."""
     options = {
         "labels": args.labels,
@@ -264,7 +264,7 @@ def read_all(args: argparse.Namespace) -> list[Run]:
     }
     options |= {name: vars(args)[f"{name}_column"] for name in COLUMNS}
     pooled = {one for pool in args.pool for one in pool}
-    runs: list[Run] = []
+    runs: list[Answered] = []
     for argument in args.runs:
         found = read_runs(argument, args.eval_name, options)
         if argument in pooled and len(found) > 1:
@@ -280,7 +280,7 @@ def read_all(args: argparse.Namespace) -> list[Run]:
     return runs
 
 
-def name_runs(runs: list[Run]) -> list[Run]:
+def name_runs(runs: list[Answered]) -> list[Answered]:
     """Runs by short names that differ: a strategy, a repo's evaluation, or the end of a path.
 
     A long path tells runs apart in its end, and its beginning speaks only of the machine.
@@ -326,7 +326,7 @@ def numbered_ids(ids: list[str]) -> list[tuple[str, int]]:
     return keys
 
 
-def align(runs: list[Run]) -> tuple[list[Run], Posts]:
+def align(runs: list[Answered]) -> tuple[list[Answered], Posts]:
     """The runs on the posts that all of them have, in the order of the first run."""
     keys = [numbered_ids(run.ids) for run in runs]
     places = [{key: index for index, key in enumerate(some)} for some in keys]
@@ -359,11 +359,11 @@ def align(runs: list[Run]) -> tuple[list[Run], Posts]:
     return aligned, Posts(left_out, repeated, [*notes, *more])
 
 
-def shown_ids(run: Run) -> str:
+def shown_ids(run: Answered) -> str:
     return f"{visible(run.name)} has {len(run.ids)}, such as {visible(run.ids[0])!r}"
 
 
-def pick_posts(run: Run, indices: list[int]) -> Run:
+def pick_posts(run: Answered, indices: list[int]) -> Answered:
     """A run on some of its posts."""
 
     def pick(values: list[Any] | None) -> list[Any] | None:
@@ -374,7 +374,7 @@ def pick_posts(run: Run, indices: list[int]) -> Run:
     return replace(run, columns=columns, **{name: pick(getattr(run, name)) for name in lists})
 
 
-def check_same_labels(runs: list[Run]) -> None:
+def check_same_labels(runs: list[Answered]) -> None:
     """End where runs know other labels, or where a post's true label differs."""
     first = runs[0]
     for run in runs[1:]:
@@ -395,7 +395,7 @@ def check_same_labels(runs: list[Run]) -> None:
             )
 
 
-def check_same_texts(runs: list[Run]) -> list[str]:
+def check_same_texts(runs: list[Answered]) -> list[str]:
     """End where the same id stands for other posts; say where a few texts differ."""
     with_text = [run for run in runs if run.texts]
     notes = []
@@ -415,7 +415,7 @@ def check_same_texts(runs: list[Run]) -> list[str]:
     return notes
 
 
-def settle_groups(runs: list[Run]) -> tuple[list[Run], list[str]]:
+def settle_groups(runs: list[Answered]) -> tuple[list[Answered], list[str]]:
     """Give all runs the groups of the first one that has any, and say where others differ."""
     known = [run for run in runs if any(run.groups)]
     if not known:
@@ -448,7 +448,7 @@ class Trace:
     records: list[dict[str, Any]] = field(default_factory=list)
 
 
-def trace(run: Run) -> Trace:
+def trace(run: Answered) -> Trace:
     """Find the adapter of a run, what trained it, and how often it was evaluated."""
     adapter = find_adapter(run.origin) if run.record else None
     if adapter is None:
@@ -493,7 +493,7 @@ def pinned_name(repo: dict[str, Any] | None) -> str:
     return f"{repo.get('repo')}@{mark[:8]}" if mark else str(repo.get("repo"))
 
 
-def compare_records(runs: list[Run]) -> list[str]:
+def compare_records(runs: list[Answered]) -> list[str]:
     """Say where the runs' evaluations differ: dataset commit, split, how posts are scored."""
     recorded = [run for run in runs if run.record]
     notes = []
@@ -515,7 +515,7 @@ def compare_records(runs: list[Run]) -> list[str]:
     return notes
 
 
-def count_reads(runs: list[Run], traces: list[Trace]) -> list[str]:
+def count_reads(runs: list[Answered], traces: list[Trace]) -> list[str]:
     """Warn where these posts were evaluated more often than once per adapter."""
     reads: dict[str, tuple[str, int]] = {}
     for run, one in zip(runs, traces, strict=True):
@@ -534,7 +534,7 @@ def count_reads(runs: list[Run], traces: list[Trace]) -> list[str]:
     ]
 
 
-def reads_of(run: Run, found: Trace) -> int:
+def reads_of(run: Answered, found: Trace) -> int:
     """How many evaluations in the adapter's repo are of this run's posts."""
     return sum(posts_read(record) == posts_read(run.record) for record in found.records)
 
@@ -579,7 +579,7 @@ def dollars_of(found: Trace) -> float | None:
 
 
 def describe_runs(
-    runs: list[Run], traces: list[Trace], recipes: list[Recipe]
+    runs: list[Answered], traces: list[Trace], recipes: list[Recipe]
 ) -> list[dict[str, Any]]:
     """Where each run comes from, as compare.json and the tables hold it."""
     changed = changed_arguments(traces)
@@ -604,7 +604,7 @@ def describe_runs(
 # --- pairs of runs ---------------------------------------------------------------------------
 
 
-def compare_runs(runs: list[Run], seed: int) -> dict[str, Any]:
+def compare_runs(runs: list[Answered], seed: int) -> dict[str, Any]:
     """Figures of each run and the differences of the first one from all others, in the form of
     metrics.json.
 
@@ -798,7 +798,7 @@ class Recipe:
     figures: dict[str, dict[str, dict[str, Any]]]
 
 
-def recipe_key(run: Run, found: Trace) -> str | None:
+def recipe_key(run: Answered, found: Trace) -> str | None:
     """What runs of one recipe have in common; None where that is not known."""
     if not found.contract or run.record.get("base_only"):
         return None
@@ -810,7 +810,7 @@ def recipe_key(run: Run, found: Trace) -> str | None:
 
 
 def build_recipes(
-    args: argparse.Namespace, runs: list[Run], traces: list[Trace], metrics: dict[str, Any]
+    args: argparse.Namespace, runs: list[Answered], traces: list[Trace], metrics: dict[str, Any]
 ) -> list[Recipe]:
     """The recipes of two and more seeds; --pool decides for the runs that it names.
 
@@ -1190,7 +1190,7 @@ def sections_as_markdown(sections: list[Section]) -> str:
     return "\n".join(lines)
 
 
-def changed_rows(runs: list[Run]) -> list[list[Any]]:
+def changed_rows(runs: list[Answered]) -> list[list[Any]]:
     """The posts that the first run and another one decide otherwise: ids, labels, scores."""
     first, rows = runs[0], []
     wrong = {label: next(one for one in first.labels if one != label) for label in first.labels}
@@ -1208,7 +1208,7 @@ def changed_rows(runs: list[Run]) -> list[list[Any]]:
 
 
 def write_comparison(
-    folder: Path, comparison: dict[str, Any], sections: list[Section], runs: list[Run]
+    folder: Path, comparison: dict[str, Any], sections: list[Section], runs: list[Answered]
 ) -> None:
     """Write compare.md, compare.json and changed.csv."""
     positive = visible(runs[0].positive)
@@ -1285,9 +1285,9 @@ def find_figure(metrics: dict[str, Any], path: str) -> dict[str, Any]:
     if form and bias:
         figures = {rate: gap[form] for rate, gap in bias["gaps"].items()}
     elif place in ("", "overall"):
-        figures = one["overall"] | (bias or {})
+        figures = worst_of(one, "overall", one["overall"]) | (bias or {})
     elif place in one["groups"]:
-        figures = one["groups"][place]
+        figures = worst_of(one, place, one["groups"][place])
     else:
         fail(
             f"--require {visible(path)}: there is no group {visible(place)!r}. There are: "
@@ -1306,6 +1306,12 @@ def find_figure(metrics: dict[str, Any], path: str) -> dict[str, Any]:
         reason = f"insufficient: {figure['n']} posts, and {MIN_DENOMINATOR} are needed"
         return figure | {"value": None, "low": None, "high": None, "reason": reason}
     return figure
+
+
+def worst_of(one: dict[str, Any], place: str, figures: dict[str, Any]) -> dict[str, Any]:
+    """A strategy's figures of a place, where answers without label count as wrong."""
+    unparsed = one.get("unparsed")
+    return figures | unparsed["as_errors"][place] if unparsed else figures
 
 
 def judge(metrics: dict[str, Any], requirements: list[str], strict: bool) -> list[dict[str, Any]]:
@@ -2587,7 +2593,7 @@ COLUMNS = {
 
 
 @dataclass(frozen=True)
-class Run:
+class Answered:
     """Answers to labelled posts, as a file holds them; every list has an entry per post.
 
     In `predicted` None is an answer without label. `scores` are p of the positive label, or None;
@@ -2609,7 +2615,7 @@ class Run:
     record: dict[str, Any]
 
 
-def read_runs(argument: str, eval_name: str, options: dict[str, Any]) -> list[Run]:
+def read_runs(argument: str, eval_name: str, options: dict[str, Any]) -> list[Answered]:
     """The runs of a file, of an evaluation's folder, or of an adapter repo; one per strategy.
 
     A repo is `user/name[@revision]`, its evaluation `eval_name` or `user/name/EVALUATION`.
@@ -2726,7 +2732,7 @@ def runs_of_rows(
     name: str,
     record: dict[str, Any],
     options: dict[str, Any],
-) -> list[Run]:
+) -> list[Answered]:
     """Rows as runs, one for each value of the strategy column, in the order of their first row."""
     if not rows:
         fail(f"{origin} holds no rows.")
@@ -2768,7 +2774,7 @@ def run_of_rows(
     column: dict[str, str | None],
     record: dict[str, Any],
     options: dict[str, Any],
-) -> Run:
+) -> Answered:
     """One strategy's rows as a run. Without an id the row's number is it."""
     labels, positive = options["labels"], options["positive"]
     truth, predicted, scores = [], [], []
@@ -2796,7 +2802,7 @@ def run_of_rows(
     used = {name for name in column.values() if name}
     further = [name for name in dict.fromkeys(key for row in rows for key in row)]
     ids = [str(row.get(column["id"])) if column["id"] else str(n) for n, row in enumerate(rows, 1)]
-    return Run(
+    return Answered(
         name=strategy,
         origin=origin,
         labels=labels,
@@ -2805,7 +2811,9 @@ def run_of_rows(
         truth=truth,
         predicted=predicted,
         scores=None if None in scores else scores,
-        groups=[groups_of(row.get(column["group"])) if column["group"] else [] for row in rows],
+        groups=[
+            groups_in_cell(row.get(column["group"])) if column["group"] else [] for row in rows
+        ],
         texts=[str(row.get(column["text"]) or "") for row in rows] if column["text"] else None,
         columns={
             name: [row.get(name) for row in rows]
@@ -2839,7 +2847,7 @@ def score_of(value: Any, origin: str, number_: int) -> float | None:
     return score
 
 
-def groups_of(value: Any) -> list[str]:
+def groups_in_cell(value: Any) -> list[str]:
     """The groups of a cell: a list, or names parted by `|`; a list as text is read as one."""
     if isinstance(value, str) and value.startswith("["):
         try:

@@ -85,6 +85,14 @@ PLAIN_VARIABLES = ("DATASET_REPO", "HUB_MODEL_ID", "MAX_STEPS")
 PROBE_POST = "My neighbours moved in last week, said <|endoftext|> nobody. 42 % é \u4f60\u597d"
 NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")
 LABELS, POSITIVE_LABEL = ["normal", "hate"], "hate"
+DATA_FORMS = (
+    "A row is one of: `messages` that end with the user's and the assistant's; `prompt` and "
+    "`completion`, each text or a list of messages; `text` and `label`. Other columns: "
+    "datasets/build_custom.py makes a dataset of them."
+)
+# What a base in four bits keeps whole: heads, of which a new one is trained, and the parts of a
+# vision-language model that no post passes through.
+WHOLE_MODULES = ["classifier", "score", "lm_head", "vision_tower", "multi_modal_projector"]
 # Also the strategy of a local training file of posts, which brings no prompt of its own.
 INSTRUCTION = {
     "description": "instruction, post and classification under headings; needs no chat template",
@@ -130,13 +138,18 @@ LIMITS = (
 )
 
 
-class Repeated(argparse.Action):
-    """A list flag that may be given several times; its words add up."""
+class Collect(argparse.Action):
+    """Repeatable: the values of all its occurrences, as they stand, in a tuple."""
 
-    def __call__(self, parser: Any, namespace: Any, values: Any, option: Any = None) -> None:
-        earlier = getattr(namespace, self.dest, None)
-        words = [*(earlier if isinstance(earlier, list) else []), *values]
-        setattr(namespace, self.dest, words)
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        earlier = getattr(namespace, self.dest)
+        setattr(namespace, self.dest, (*(earlier if isinstance(earlier, tuple) else ()), *values))
 
 
 def json_mapping(text: str) -> dict[str, str]:
@@ -179,7 +192,7 @@ def build_parser() -> Parser:
     for name in COLUMNS:
         known = ", ".join(COLUMNS[name]).format(positive="hate")
         data.add_argument(f"--{name}_column", help=f"of --predictions ({known})")
-    data.add_argument("--labels", nargs="+", action=Repeated, help="of --predictions (normal hate)")
+    data.add_argument("--labels", nargs="+", help="of --predictions (normal hate)")
     data.add_argument("--positive_label", help="of --predictions (the last label)")
     data.add_argument(
         *("--dataset_config",),
@@ -208,13 +221,13 @@ def build_parser() -> Parser:
     report.add_argument(
         *("--against",),
         nargs="+",
-        action=Repeated,
+        action=Collect,
         help="runs to stand beside the model: adapter repos, folders, files of predictions",
     )
     report.add_argument(
         *("--require",),
         nargs="+",
-        action=Repeated,
+        action=Collect,
         help="end with exit code 3 unless: f1>=0.62, lgbtq.fpr<=0.4, gap.fpr<=0.1, vs_base.f1>=0, "
         "beats_baselines, published",
     )
@@ -223,10 +236,9 @@ def build_parser() -> Parser:
     report.add_argument(
         *("--prevalence",),
         nargs="+",
-        action=Repeated,
         help="shares of positive posts to compute precision and flags at, such as 0.01",
     )
-    report.add_argument("--slice_by", nargs="+", action=Repeated, help="further columns")
+    report.add_argument("--slice_by", nargs="+", help="further columns")
     report.add_argument("--evasion", **switch, help="score perturbed positive posts as well")
     report.add_argument("--identity_swap", **switch, help="swap identity terms, and score that")
     report.add_argument("--identity_terms", help="JSON file of identity terms by group")
@@ -392,7 +404,7 @@ def main(argv: list[str] | None = None) -> None:
     posts = read_ad_hoc_posts(args) if ad_hoc else read_posts(args, contract, task, dataset)
     training, no_training = [], ""
     if not ad_hoc:
-        training, no_training = read_training_posts(args, task, dataset)
+        training, no_training = read_training_posts(args, task, dataset, contract)
     config = read_base_config(base)
     device = check_device(count_parameters(config), args.allow_cpu, job_command(args, adapter))
     tokenizer = load_tokenizer(adapter or base)
@@ -434,7 +446,7 @@ def main(argv: list[str] | None = None) -> None:
     print(f"report: {target / 'report.html'}", flush=True)
     if args.report_to == "wandb":
         log_to_wandb(args, target, metrics, record, posts)
-    publish(args, adapter, name, target, scores.file, pushes)
+    deliver(args, adapter, name, target, scores.file, pushes)
     end_with_gates(metrics)
 
 
@@ -524,7 +536,7 @@ def report_predictions(args: argparse.Namespace) -> dict[str, Any]:
     print(f"report: {target / 'report.html'}", flush=True)
     if args.report_to == "wandb":
         log_to_wandb(args, target, metrics, record, posts)
-    publish(args, None, name, target, None, False)
+    deliver(args, None, name, target, None, False)
     return metrics
 
 
@@ -540,14 +552,14 @@ def reading_options(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def read_against(args: argparse.Namespace) -> list[Run]:
+def read_against(args: argparse.Namespace) -> list[Answered]:
     """The runs that --against names; their columns go by the known names."""
     options = {"labels": args.labels or LABELS, "label_map": args.label_map, "threshold": 0.5}
     options["positive"] = args.positive_label or options["labels"][-1]
     return [run for place in args.against or [] for run in read_runs(place, "test", options)]
 
 
-def posts_of_run(run: Run) -> list[dict[str, Any]]:
+def posts_of_run(run: Answered) -> list[dict[str, Any]]:
     """A run's posts as those that a model was asked."""
     other = next(label for label in run.labels if label != run.positive)
     posts = []
@@ -573,7 +585,7 @@ def posts_of_run(run: Run) -> list[dict[str, Any]]:
     return posts
 
 
-def align_run(run: Run, posts: list[dict[str, Any]], kind: str = "against") -> Answers:
+def align_run(run: Answered, posts: list[dict[str, Any]], kind: str = "against") -> Answers:
     """A run's answers in the order of the posts, by id, else by text; without them the reason.
 
     Ends where the run has another true label for a post: then its answers are to another question.
@@ -606,7 +618,7 @@ def align_run(run: Run, posts: list[dict[str, Any]], kind: str = "against") -> A
     return Answers(name, kind, [run.predicted[index] for index in order], scores)
 
 
-def against_name(run: Run) -> str:
+def against_name(run: Answered) -> str:
     """What a run of --against is called: its adapter and evaluation, or its file and strategy."""
     adapter = run.record.get("adapter") or run.record.get("base_model")
     if adapter:
@@ -785,10 +797,15 @@ def read_posts(
     args: argparse.Namespace, contract: dict[str, Any], task: Task, dataset: Repo | None
 ) -> list[dict[str, Any]]:
     """The posts to score, checked."""
-    if args.test_file:
-        origin, columns = args.test_file, ("id", "text", "label", "target_groups")
-        rows = read_jsonl(args.test_file, task.labels)
+    if args.test_file or not has_contract(dataset):
+        columns = ("id", "text", "label", "target_groups")
+        rows, origin = read_own_rows(args, contract, task, dataset, args.split)
         posts = [{column: row.get(column) for column in columns} for row in rows]
+        if task.prompt and contract:
+            # Questions of their own are asked as they stand; another prompt asks with the post.
+            own = args.prompt in (None, (contract.get("prompt") or {}).get("name"))
+            for post, row in zip(posts, rows, strict=True):
+                post |= {"prompt": row["prompt"]} if own and "prompt" in row else {}
         described = rows
     else:
         config = choose_config(args, contract, task)
@@ -811,6 +828,24 @@ def read_posts(
     print(f"{len(posts)} posts of {origin}: {listed}", flush=True)
     say_what_is_odd(posts)
     return posts
+
+
+def read_own_rows(
+    args: argparse.Namespace,
+    contract: dict[str, Any],
+    task: Task,
+    dataset: Repo | None,
+    split: str,
+) -> tuple[list[dict[str, Any]], str]:
+    """Rows of the test file, or of a dataset repo without contract.json, and where they are."""
+    if args.test_file:
+        rows, origin = read_jsonl(args.test_file, task.labels), args.test_file
+    else:
+        config = args.dataset_config or (contract.get("dataset") or {}).get("config")
+        rows, config = read_plain_rows(dataset, config, split, task.labels)
+        origin = f"{dataset.name} ({config}/{split})"
+    read_strategy(rows, task.prompt, task.labels, origin)
+    return rows, origin
 
 
 def choose_config(args: argparse.Namespace, contract: dict[str, Any], task: Task) -> str:
@@ -949,13 +984,23 @@ def check_posts(posts: list[dict[str, Any]], origin: str) -> None:
 
 
 def read_training_posts(
-    args: argparse.Namespace, task: Task, dataset: Repo | None
+    args: argparse.Namespace,
+    task: Task,
+    dataset: Repo | None,
+    contract: dict[str, Any] | None = None,
 ) -> tuple[list[dict[str, Any]], str]:
     """The train split for the TF-IDF baseline, or no posts and the reason."""
     if dataset is None:
         return [], "there is no dataset with a train split"
     if args.split == "train" and not args.test_file:
         return [], "the scored split is the train split"
+    if not has_contract(dataset):
+        if args.test_file:
+            return [], "the dataset has no contract.json"
+        posts, origin = read_own_rows(args, contract or {}, task, dataset, "train")
+        check_posts(posts, origin)
+        check_labels(posts, task.labels, origin)
+        return posts, ""
     from datasets import get_dataset_config_names, get_dataset_split_names
 
     place = str(dataset.folder) if dataset.folder else dataset.name
@@ -1019,7 +1064,7 @@ def choose_setup(
     in_4bit, stored = args.load_in_4bit, stored_quantization(config)
     if in_4bit is None and (in_4bit := bool(trained.get("load_in_4bit"))):
         print("base model in 4 bits, as trained; --load_in_4bit false takes it whole", flush=True)
-    if in_4bit and stored:
+    if in_4bit and stored not in (None, "fp8"):
         fail(f"--load_in_4bit cannot quantise {base.name}: it is stored as {stored}.")
     quantization = None
     if in_4bit:
@@ -1028,7 +1073,7 @@ def choose_setup(
             bnb_4bit_quant_type=trained.get("bnb_4bit_quant_type") or "nf4",
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=getattr(torch, dtype),
-            llm_int8_skip_modules=["classifier", "score", "lm_head"],
+            llm_int8_skip_modules=WHOLE_MODULES,
         )
     if args.keep_mxfp4:
         if stored != "mxfp4" or device != "cuda":
@@ -4024,7 +4069,7 @@ COLUMNS = {
 
 
 @dataclass(frozen=True)
-class Run:
+class Answered:
     """Answers to labelled posts, as a file holds them; every list has an entry per post.
 
     In `predicted` None is an answer without label. `scores` are p of the positive label, or None;
@@ -4046,7 +4091,7 @@ class Run:
     record: dict[str, Any]
 
 
-def read_runs(argument: str, eval_name: str, options: dict[str, Any]) -> list[Run]:
+def read_runs(argument: str, eval_name: str, options: dict[str, Any]) -> list[Answered]:
     """The runs of a file, of an evaluation's folder, or of an adapter repo; one per strategy.
 
     A repo is `user/name[@revision]`, its evaluation `eval_name` or `user/name/EVALUATION`.
@@ -4163,7 +4208,7 @@ def runs_of_rows(
     name: str,
     record: dict[str, Any],
     options: dict[str, Any],
-) -> list[Run]:
+) -> list[Answered]:
     """Rows as runs, one for each value of the strategy column, in the order of their first row."""
     if not rows:
         fail(f"{origin} holds no rows.")
@@ -4205,7 +4250,7 @@ def run_of_rows(
     column: dict[str, str | None],
     record: dict[str, Any],
     options: dict[str, Any],
-) -> Run:
+) -> Answered:
     """One strategy's rows as a run. Without an id the row's number is it."""
     labels, positive = options["labels"], options["positive"]
     truth, predicted, scores = [], [], []
@@ -4233,7 +4278,7 @@ def run_of_rows(
     used = {name for name in column.values() if name}
     further = [name for name in dict.fromkeys(key for row in rows for key in row)]
     ids = [str(row.get(column["id"])) if column["id"] else str(n) for n, row in enumerate(rows, 1)]
-    return Run(
+    return Answered(
         name=strategy,
         origin=origin,
         labels=labels,
@@ -4242,7 +4287,9 @@ def run_of_rows(
         truth=truth,
         predicted=predicted,
         scores=None if None in scores else scores,
-        groups=[groups_of(row.get(column["group"])) if column["group"] else [] for row in rows],
+        groups=[
+            groups_in_cell(row.get(column["group"])) if column["group"] else [] for row in rows
+        ],
         texts=[str(row.get(column["text"]) or "") for row in rows] if column["text"] else None,
         columns={
             name: [row.get(name) for row in rows]
@@ -4276,7 +4323,7 @@ def score_of(value: Any, origin: str, number_: int) -> float | None:
     return score
 
 
-def groups_of(value: Any) -> list[str]:
+def groups_in_cell(value: Any) -> list[str]:
     """The groups of a cell: a list, or names parted by `|`; a list as text is read as one."""
     if isinstance(value, str) and value.startswith("["):
         try:
@@ -5542,7 +5589,7 @@ def weights_sha256(repo: Repo) -> str:
 
 # The criteria that the public predecessor of this project published for its models. Always
 # answering hate passes the first.
-PUBLISHED = ("f1>=0.62", "lgbtq.fpr<=0.40", "mexican.fpr<=0.10", "middle_east.fpr<=0.25")
+PUBLISHED_CRITERIA = ("f1>=0.62", "lgbtq.fpr<=0.40", "mexican.fpr<=0.10", "middle_east.fpr<=0.25")
 # What may be written in a requirement instead of a figure's name.
 SHORT_NAMES = {
     "fpr": "false_positive_rate",
@@ -5603,9 +5650,9 @@ def find_figure(metrics: dict[str, Any], path: str) -> dict[str, Any]:
     if form and bias:
         figures = {rate: gap[form] for rate, gap in bias["gaps"].items()}
     elif place in ("", "overall"):
-        figures = one["overall"] | (bias or {})
+        figures = worst_of(one, "overall", one["overall"]) | (bias or {})
     elif place in one["groups"]:
-        figures = one["groups"][place]
+        figures = worst_of(one, place, one["groups"][place])
     else:
         fail(
             f"--require {visible(path)}: there is no group {visible(place)!r}. There are: "
@@ -5624,6 +5671,12 @@ def find_figure(metrics: dict[str, Any], path: str) -> dict[str, Any]:
         reason = f"insufficient: {figure['n']} posts, and {MIN_DENOMINATOR} are needed"
         return figure | {"value": None, "low": None, "high": None, "reason": reason}
     return figure
+
+
+def worst_of(one: dict[str, Any], place: str, figures: dict[str, Any]) -> dict[str, Any]:
+    """A strategy's figures of a place, where answers without label count as wrong."""
+    unparsed = one.get("unparsed")
+    return figures | unparsed["as_errors"][place] if unparsed else figures
 
 
 def judge(metrics: dict[str, Any], requirements: list[str], strict: bool) -> list[dict[str, Any]]:
@@ -5671,7 +5724,7 @@ def expand_requirements(requirements: list[str], metrics: dict[str, Any]) -> lis
     expanded: list[str] = []
     for text in requirements:
         if text == "published":
-            expanded += PUBLISHED
+            expanded += PUBLISHED_CRITERIA
         elif text == "beats_baselines":
             names = [one["name"] for one in metrics["strategies"] if one["kind"] == "baseline"]
             there = {one["second"] for one in metrics["comparisons"]}
@@ -6017,7 +6070,7 @@ def evaluation_key(
     adapter: Repo | None,
     base: Repo,
     dataset: Repo | None,
-    against: list[Run],
+    against: list[Answered],
 ) -> str:
     """A hash of everything that decides an evaluation's scores and report."""
     loose = ("output_dir", "push", "allow_public", "fresh", "config_file", "save_minutes")
@@ -6077,7 +6130,7 @@ def answer_from_files(
     metrics = json.loads((target / "metrics.json").read_text(encoding="utf-8"))
     print_summary(metrics)
     print(f"report: {target / 'report.html'}", flush=True)
-    publish(args, adapter, name, target, None, pushes and not there)
+    deliver(args, adapter, name, target, None, pushes and not there)
     return metrics
 
 
@@ -6121,7 +6174,7 @@ def publish_draft(draft: Path, target: Path, names: tuple[str, ...]) -> None:
         (draft / name).replace(target / name)
 
 
-def publish(
+def deliver(
     args: argparse.Namespace,
     adapter: Repo | None,
     name: str,
@@ -7252,17 +7305,22 @@ def build_markdown(page: dict[str, Any]) -> str:
                 "",
                 *([markdown_cell(words), ""] if words else []),
             ]
-            lines += markdown_table(rows)
+            lines += [markdown_table(rows[0], rows[1:]), ""]
     lines += ["Brackets hold 95 % intervals.", "", "## What these figures do not say", ""]
     lines += [f"- {limit}" for limit in page["limits"]]
     lines += ["", "## How they were made", ""]
-    return "\n".join([*lines, *markdown_table([["", ""], *map(list, page["made"])])])
+    return "\n".join([*lines, markdown_table(["", ""], [*map(list, page["made"])]), ""])
 
 
-def markdown_table(rows: list[list[str]]) -> list[str]:
-    """A Markdown table of cells that are made safe, and an empty line."""
-    lines = [f"| {' | '.join(markdown_cell(cell) for cell in row)} |" for row in rows]
-    return [lines[0], f"|{' --- |' * len(rows[0])}", *lines[1:], ""]
+def markdown_table(header: list[str], lines: list[list[Any]]) -> str:
+    """A Markdown table whose columns also line up on a terminal."""
+    cells = [[markdown_cell(str(cell)) for cell in line] for line in [header, *lines]]
+    widths = [max(len(line[place]) for line in cells) for place in range(len(header))]
+    cells.insert(1, ["-" * width for width in widths])
+    return "\n".join(
+        f"| {' | '.join(cell.ljust(w) for cell, w in zip(line, widths, strict=True))} |"
+        for line in cells
+    )
 
 
 PAGE = """{% macro figure(cell) -%}
@@ -7510,8 +7568,10 @@ def build_card_section(
         "",
     ]
     lines += [*(f"- {markdown_cell(sentence)}" for sentence in build_verdict(metrics)), ""]
-    lines += markdown_table(overall_table(metrics))
-    lines += markdown_table(group_table(metrics, learned))
+    rows = overall_table(metrics)
+    lines += [markdown_table(rows[0], rows[1:]), ""]
+    rows = group_table(metrics, learned)
+    lines += [markdown_table(rows[0], rows[1:]), ""]
     least = metrics["min_denominator"]
     lines += [
         "Brackets hold 95 % intervals. False positive rate: share of the "
@@ -8168,6 +8228,18 @@ def read_rows(repo: Repo, config: str, split: str) -> list[dict[str, Any]]:
 
     A row of an SFT config also has `prompt` and `completion`, both lists of messages.
     """
+    rows, columns = load_split(repo, config, split)
+    missing = {"id", "text", "label", "target_groups"} - set(columns)
+    if missing:
+        fail(
+            f"{repo.name} ({config}/{split}) lacks the columns {', '.join(sorted(missing))}. "
+            f"It has: {', '.join(columns)}."
+        )
+    return rows
+
+
+def load_split(repo: Repo, config: str, split: str) -> tuple[list[dict[str, Any]], list[str]]:
+    """All rows of a dataset repo's split, a label by its name, and the names of the columns."""
     from datasets import ClassLabel, get_dataset_config_names, get_dataset_split_names, load_dataset
     from datasets.exceptions import DatasetGenerationError
 
@@ -8194,25 +8266,50 @@ def read_rows(repo: Repo, config: str, split: str) -> list[dict[str, Any]]:
                 fail(f"{repo.name} ({config}/{split}) is empty.")
             raise
         table, features = data[:], data.features
-    missing = {"id", "text", "label", "target_groups"} - set(table.column_names)
-    if missing:
-        fail(
-            f"{repo.name} ({config}/{split}) lacks the columns {', '.join(sorted(missing))}. "
-            f"It has: {', '.join(table.column_names)}."
-        )
     if not len(table):
         fail(f"{repo.name} ({config}/{split}) is empty.")
     rows = table.to_pylist()
-    if isinstance(features["label"], ClassLabel):
+    if isinstance(features.get("label"), ClassLabel):
         for row in rows:
             row["label"] = features["label"].int2str(row["label"])
-    return rows
+    return rows, table.column_names
+
+
+def read_plain_rows(
+    repo: Repo, config: str | None, split: str, labels: list[str]
+) -> tuple[list[dict[str, Any]], str]:
+    """Rows of a dataset repo that has no contract.json, as read_jsonl's, and their config."""
+    from datasets import get_dataset_config_names
+
+    place = str(repo.folder) if repo.folder else repo.name
+    with hub_errors(f"list the configs of {repo.name}"):
+        try:
+            configs = get_dataset_config_names(place, revision=repo.revision)
+        except FileNotFoundError:
+            fail(f"{repo.name} holds no {CONTRACT} and no data that can be read. {DATA_FORMS}")
+    if config is None and len(configs) > 1 and "default" not in configs:
+        fail(f"{repo.name} has several configs: {', '.join(configs)}. Say --dataset_config.")
+    config = config or ("default" if "default" in configs else configs[0])
+    rows, _ = load_split(repo, config, split)
+    for number, row in enumerate(rows, start=1):
+        # A column that is empty in a row is null there.
+        row = {key: value for key, value in row.items() if value is not None}
+        rows[number - 1] = unify_row(
+            row, labels, f"{split}-{number}", f"{repo.name} ({config}/{split}) row {number}"
+        )
+    return rows, config
+
+
+def has_contract(repo: Repo) -> bool:
+    """Whether a repo was written by a stage of this project."""
+    return (repo.fetch(CONTRACT) / CONTRACT).is_file()
 
 
 def read_jsonl(path: str, labels: list[str]) -> list[dict[str, Any]]:
     """Read a local JSONL file of posts (`text`, `label`, optional `id`, `target_groups`).
 
-    A label is a name of `labels` or its index. Rows with `messages` are returned as they stand.
+    A label is a name of `labels` or its index. Rows of the other forms get `prompt` and
+    `completion` as lists of messages, and text and label only where they have them.
     """
     file = Path(path).expanduser()
     if not file.is_file():
@@ -8229,44 +8326,119 @@ def read_jsonl(path: str, labels: list[str]) -> list[dict[str, Any]]:
         try:
             row = json.loads(line)
         except ValueError as error:
-            fail(
-                f"{path} line {number} is not JSON: {error}. Each line is to be an object with "
-                "`text` and `label`, or with `messages`."
-            )
-        check_line(row, f"{path} line {number}")
-        if "messages" not in row:
-            names = {str(index): name for index, name in enumerate(labels)}
-            row["label"] = names.get(str(row["label"]), row["label"])
-        groups = row.get("target_groups") or []
-        row["target_groups"] = [groups] if isinstance(groups, str) else groups
-        row.setdefault("id", f"{file.stem}-{number}")
-        rows.append(row)
+            fail(f"{path} line {number} is not JSON: {error}. {DATA_FORMS}")
+        rows.append(unify_row(row, labels, f"{file.stem}-{number}", f"{path} line {number}"))
     if not rows:
         fail(f"{path} is empty.")
     return rows
 
 
+def unify_row(row: Any, labels: list[str], name: str, origin: str) -> dict[str, Any]:
+    """A row of any form: prompt and completion as messages, label by name, groups as a list.
+
+    `name` is the id of a row without one. A completion that is text is the assistant's answer,
+    a prompt that is text the user's message.
+    """
+    check_line(row, origin)
+    if "messages" in row:
+        *row["prompt"], answer = row.pop("messages")
+        row["completion"] = [answer]
+    for key, role in (("prompt", "user"), ("completion", "assistant")):
+        if isinstance(row.get(key), str):
+            row[key] = [{"role": role, "content": row[key]}]
+    if "completion" in row:
+        row["completion"] = [
+            message | {"content": message["content"].strip()} for message in row["completion"]
+        ]
+    if "label" in row:
+        names = {str(index): label for index, label in enumerate(labels)}
+        row["label"] = names.get(str(row["label"]), row["label"])
+    groups = row.get("target_groups") or []
+    row["target_groups"] = [groups] if isinstance(groups, str) else groups
+    row.setdefault("id", name)
+    return row
+
+
 def check_line(row: Any, origin: str) -> None:
-    """End on a row of a JSONL file that has neither a post with a label nor messages."""
-    if not isinstance(row, dict) or not ("messages" in row or {"text", "label"} <= set(row)):
-        fail(f"{origin} needs `text` and `label`, or `messages`.")
-    messages = row.get("messages", [{"role": "user", "content": row.get("text")}])
-    valid = isinstance(messages, list) and all(
-        isinstance(message, dict)
-        and isinstance(message.get("role"), str)
-        and isinstance(message.get("content"), str)
-        for message in messages
+    """End on a row of no form: neither a post with its label nor a prompt with its answer."""
+    columns = set(row) if isinstance(row, dict) else set()
+    asked = "messages" in columns or {"prompt", "completion"} <= columns
+    if not asked and not {"text", "label"} <= columns:
+        found = f"it has {', '.join(sorted(columns))}" if columns else "it is no object"
+        fail(
+            f"{origin} needs `text` and `label`, or a prompt with its answer; {found}. {DATA_FORMS}"
+        )
+    turns = [row.get(key) for key in ("messages", "prompt", "completion") if key in row]
+    if not asked:
+        turns = [row["text"]]
+    valid = all(
+        isinstance(turn, str)
+        or isinstance(turn, list)
+        and all(
+            isinstance(message, dict)
+            and isinstance(message.get("role"), str)
+            and isinstance(message.get("content"), str)
+            for message in turn
+        )
+        for turn in turns
     )
-    if not valid:
+    if (
+        not valid
+        or not isinstance(row.get("text", ""), str)
+        or isinstance(row.get("messages"), str)
+    ):
         fail(f"{origin}: a `text`, and each message's `role` and `content`, must be a string.")
-    if "messages" in row and [message["role"] for message in messages][-2:] != [
-        "user",
-        "assistant",
-    ]:
-        fail(f"{origin}: `messages` must end with one of the user and the assistant's answer.")
+    if asked:
+        said = row.get("messages") or [*as_turns(row, "prompt"), *as_turns(row, "completion")]
+        roles = [message["role"] for message in said]
+        if roles not in (["user", "assistant"], ["system", "user", "assistant"]):
+            fail(
+                f"{origin}: a conversation must end with one message of the user and the "
+                "assistant's answer, with nothing before them but perhaps a system message; its "
+                f"roles are {roles}. {DATA_FORMS}"
+            )
     groups = row.get("target_groups") or []
     if not isinstance(groups, (str, list)) or not all(isinstance(group, str) for group in groups):
         fail(f"{origin}: `target_groups` must be a list of names.")
+
+
+def as_turns(row: dict[str, Any], key: str) -> list[dict[str, str]]:
+    """A row's prompt or completion as messages."""
+    role = "user" if key == "prompt" else "assistant"
+    value = row.get(key) or []
+    return [{"role": role, "content": value}] if isinstance(value, str) else value
+
+
+def read_strategy(
+    rows: list[dict[str, Any]], strategy: dict[str, str] | None, labels: list[str], origin: str
+) -> None:
+    """Give rows with prompts of their own the `text` and `label` that their prompt speaks of.
+
+    The text is what stands in the place of {text}, or the whole message where the user's does not
+    read like the strategy; the label is the one that the answer names.
+    """
+    template = strategy["user"] if strategy else "{text}"
+    head, _, tail = template.partition("{text}")
+    unread = []
+    for row in rows:
+        if "prompt" not in row:
+            continue
+        said = row["prompt"][-1]["content"]
+        framed = (
+            len(said) >= len(head) + len(tail) and said.startswith(head) and said.endswith(tail)
+        )
+        if not isinstance(row.get("text"), str) or row["text"] not in said:
+            row["text"] = said[len(head) : len(said) - len(tail)] if framed else said
+        if "label" not in row:
+            answer = strategy["answer"] if strategy else "{label}"
+            row["label"] = parse_answer(answer, row["completion"][0]["content"].strip(), labels)
+            if row["label"] is None:
+                unread.append(row)
+    if unread:
+        fail(
+            f"{origin}: the answers of {len(unread)} rows, the first with the id {unread[0]['id']}, "
+            f"name no label. The labels are: {', '.join(labels)}; --labels names others."
+        )
 
 
 def check_labels(rows: list[dict[str, Any]], labels: list[str], origin: str) -> None:
@@ -8581,11 +8753,17 @@ def load_base(
     """Load the base model for `causal` or `classify` (a new head with one output per label).
 
     MXFP4 (gpt-oss) and FP8 (Ministral) checkpoints are dequantised, because neither can be
-    trained or merged as stored.
+    trained or merged as stored. Four bits of an FP8 checkpoint come from a copy in bfloat16.
     """
     import transformers
 
     stored = (getattr(config, "quantization_config", None) or {}).get("quant_method")
+    if quantization is not None and stored == "fp8":
+        with TemporaryDirectory(prefix="bfloat16-") as scratch:
+            copy = write_whole_copy(base, config, task, labels, Path(scratch))
+            whole = read_base_config(copy)
+            return load_base(copy, whole, task, labels, dtype, device, quantization)
+    dequantised = quantization is None and stored in ("mxfp4", "fp8")
     if quantization is None and stored == "mxfp4":
         quantization = transformers.Mxfp4Config(dequantize=True)
     if quantization is None and stored == "fp8":
@@ -8618,7 +8796,9 @@ def load_base(
         try:
             model, report = kind.from_pretrained(place, output_loading_info=True, **options)
         except (SafetensorError, ValueError) as error:
-            fail(f"{base.name} cannot be loaded for the task {task}: {error}")
+            # The library's list of all classes that it could load instead has 10,000 characters.
+            reason = str(error).partition("Model type should be one of")[0]
+            fail(f"{base.name} cannot be loaded for the task {task}: {reason}")
     transformers.logging.set_verbosity_warning()
     body = f"{model.base_model_prefix}."
     lost = [
@@ -8628,7 +8808,18 @@ def load_base(
     ]
     if lost:
         fail(f"{base.name} lacks {len(lost)} of its weights, for example {sorted(lost)[0]}.")
-    return model
+    # What the checkpoint does not hold quantised keeps its own dtype otherwise.
+    return model.to(dtype) if dequantised else model
+
+
+def write_whole_copy(base: Repo, config: Any, task: str, labels: list[str], folder: Path) -> Repo:
+    """Save a quantised base dequantised to bfloat16, two bytes a weight; four bits start there."""
+    import torch
+
+    print(f"{base.name} is stored quantised: four bits are made from a bfloat16 copy", flush=True)
+    model = load_base(base, config, task, labels, torch.bfloat16, "cpu")
+    model.save_pretrained(folder, save_original_format=False)
+    return Repo(base.name, "model", None, folder)
 
 
 def token_batches(lengths: list[int], budget: int) -> Iterator[list[int]]:

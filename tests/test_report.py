@@ -405,7 +405,7 @@ def test_gates_end_with_code_3_after_all_files_are_written(
     assert end.value.code == 3 and "requirements fail" in printed.err
     assert {path.name for path in out.iterdir()} == {*evaluate.FILES}
     gates = {one["requirement"]: one for one in read_metrics(out)["gates"]}
-    assert {*evaluate.PUBLISHED} < gates.keys() and len(gates) == 8
+    assert {*evaluate.PUBLISHED_CRITERIA} < gates.keys() and len(gates) == 8
     assert gates["f1>=0.62"]["value"] == pytest.approx(figures["f1_score"])
     assert gates["f1>=0.62"]["holds"] is (figures["f1_score"] >= 0.62)
     for group, most in (("lgbtq", 0.4), ("mexican", 0.1), ("middle_east", 0.25)):
