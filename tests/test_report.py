@@ -398,7 +398,15 @@ def test_gates_end_with_code_3_after_all_files_are_written(
     rows = source_rows()
     file, out = save(tmp_path, rows), tmp_path / "out"
     argv = ("--predictions", file, "--output_dir", out, "--require")
-    figures = rates(rows[:90], "true_label", "predicted_label")
+    # A gate counts an answer without label as wrong.
+    other = {"hate": "normal", "normal": "hate"}
+    decided = [
+        row
+        if row["predicted_label"] in other
+        else row | {"predicted_label": other[row["true_label"]]}
+        for row in rows[:90]
+    ]
+    figures = rates(decided, "true_label", "predicted_label")
     with pytest.raises(SystemExit) as end:
         evaluate.main([str(word) for word in (*argv, "published", "--require", "beats_baselines")])
     printed = capsys.readouterr()
@@ -409,7 +417,7 @@ def test_gates_end_with_code_3_after_all_files_are_written(
     assert gates["f1>=0.62"]["value"] == pytest.approx(figures["f1_score"])
     assert gates["f1>=0.62"]["holds"] is (figures["f1_score"] >= 0.62)
     for group, most in (("lgbtq", 0.4), ("mexican", 0.1), ("middle_east", 0.25)):
-        own = [row for row in rows[:90] if row["target_group_norm"] == group]
+        own = [row for row in decided if row["target_group_norm"] == group]
         rate = rates(own, "true_label", "predicted_label")["false_positive_rate"]
         gate = gates[f"{group}.fpr<={most:.2f}"]
         enough = gate["n"] >= evaluate.MIN_DENOMINATOR
