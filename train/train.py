@@ -147,6 +147,7 @@ RESUME_RULES = {
             *("gradient_accumulation_steps", "world_size", "warmup_steps", "weight_decay"),
             *("max_grad_norm", "lr_scheduler_type", "seed", "early_stopping_patience"),
             *("early_stopping_threshold", "calibration_fraction", "save_steps"),
+            *("attn_implementation", "auto_batch", "share_prompt"),
         ),
         EQUAL,
     ),
@@ -233,6 +234,19 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="of the validation posts, kept from early stopping for eval/calibrate.py",
     )
     flag("--seed", type=int, default=42)
+    flag = parser.add_argument_group("speed").add_argument
+    flag(
+        *("--auto_batch",),
+        **switch,
+        help="the largest micro-batch that fits, halved when memory ends; same rows per step",
+    )
+    flag("--attn_implementation", default="auto", help="sdpa, eager, flash_attention_2, ...")
+    flag(
+        *("--share_prompt",),
+        choices=["auto", "always", "never"],
+        default="auto",
+        help="compute what all rows begin with once a step; auto: where no dropout is drawn",
+    )
     flag = parser.add_argument_group("state and logs").add_argument
     flag("--hub_model_id", help="adapter repo ({you}/hsd-lora)")
     flag("--run_name", help="name of the W&B run and of the adapter repo ({you}/hsd-RUN_NAME)")
@@ -368,6 +382,7 @@ def train(argv: list[str] | None, stop: Stop) -> None:
     model = build_model(args, base, config, data.labels, device, precision, quantization)
     trainer = build_trainer(args, settings, model, base, tokenizer, rows)
     warn_of_warmup(settings, len(rows[0]))
+    choose_speed(args, trainer, contract, checkpoint is not None)
     run = Run(args, store, contract, stop, phases, job, checkpoint)
     run.follow(trainer)
     open_loggers(args, trainer, contract, checkpoint)
@@ -1262,6 +1277,8 @@ def build_contract(
     }
     if earlier:
         kept = {"step", "epoch", "run_sha256", "wandb_run_id"}
+        # What an older version of this script began has none.
+        kept |= {"speed"} & earlier["training"].keys()
         # A run that was handed over or restarted counts on; a start by hand begins a new relay.
         if earlier["training"]["relay"]["pending"] or is_own_claim(earlier):
             kept |= {"relay"}
@@ -1696,6 +1713,15 @@ class Run:
         except Exception as error:
             self.uploader.settle(self.args.hub_patience, 5.0)
             step = trainer.state.global_step
+            if type(error).__name__ == "OutOfMemoryError":
+                fail(
+                    f"out of memory in step {step + 1}, with micro-batches of "
+                    f"{trainer.speed.micro_batch} rows: {str(error).splitlines()[0]} The newest "
+                    "checkpoint stands. A new run with --activation_checkpointing true, with "
+                    "--auto_batch, or with a smaller --per_device_train_batch_size and more "
+                    "--gradient_accumulation_steps needs less.",
+                    code=1,
+                )
             # torch's writer names no reason when the disk ends in the middle of a file.
             full = shutil.disk_usage(self.store.folder).free < 2**20
             if full or "No space left" in str(error):
@@ -1792,6 +1818,8 @@ class Run:
         write_json(folder / LOGGERS, logger_state())
         training = self.contract["training"]
         training |= {"step": state.global_step, "epoch": round(state.epoch, 4)}
+        if "speed" in training:  # --auto_batch may have made micro-batches smaller.
+            training["speed"] = asdict(trainer.speed)
         training["state"] = "paused" if self.paused else "running"
         training["relay"] |= {"pending": self.may_relay()}
         if self.paused:
@@ -2092,7 +2120,8 @@ def build_settings(
         "restore_callback_states_from_checkpoint": True,
         "use_cpu": device == "cpu",
         "bf16": precision == "bfloat16",
-        "activation_checkpointing": device == "cuda",
+        # Where it is needed, choose_speed finds out.
+        "activation_checkpointing": False,
         # A Job's log has no terminal to redraw a bar on.
         "disable_tqdm": not sys.stderr.isatty(),
     }
@@ -2138,14 +2167,16 @@ def build_trainer(
             model = peft.prepare_model_for_kbit_training(model)
         collator = transformers.DataCollatorWithPadding(tokenizer)
         model = peft.get_peft_model(model, config)
-        trainer = transformers.Trainer(model, settings, data_collator=collator, **common)
+        kind = fast_trainer(transformers.Trainer)
+        trainer = kind(model, settings, data_collator=collator, **common)
         # A classifier's loss is the mean of its own batch. Trainer takes its **kwargs for a sign
         # that it divides by the accumulated batch itself, and would sum the means.
         trainer.model_accepts_loss_kwargs = False
     else:
         import trl
 
-        trainer = trl.SFTTrainer(model, args=settings, peft_config=config, **common)
+        kind = fast_trainer(trl.SFTTrainer)
+        trainer = kind(model, args=settings, peft_config=config, **common)
         # It would write its own card over a README.md of the user's, at every save.
         trainer.create_model_card = lambda *_, **__: None
     keep_four_bit_layout(trainer.model)
@@ -2402,6 +2433,690 @@ errors, and not the same ones for every group; it is not for unattended removal 
 
     uv run eval/eval.py --adapter {store.repo or "./" + store.folder.name}
 """
+
+
+# --- speed -----------------------------------------------------------------------------------
+
+# What a micro-batch costs beside its tokens, in tokens (Llamas of 20M and 100M on two cores).
+MICRO_BATCH_COST = 64
+# Below this many parameters a step is mostly overhead, and measuring would choose by noise.
+MEASURED_FROM = 5_000_000
+# The largest difference of a loss that another way of computing it may show, by precision.
+SAME_LOSS = {"float32": 1e-4, "bfloat16": 1e-2}
+
+
+@dataclass
+class Speed:
+    """How a run computes its steps: chosen at its first start, kept in the contract.
+
+    The rows of each step and its loss are the same whatever is chosen, but for rounding; a resumed
+    run takes what the first start chose, so that the rounding is the same too. The values here are
+    those of a stock trainer, with which runs of an older version of this script go on.
+    """
+
+    sort: bool = False  # each step's rows by length, in micro-batches with little padding
+    micro_batch: int = 0  # rows of the longest length that one micro-batch may hold
+    labelled_only: bool = False  # logits at supervised positions only
+    prompt_tokens: int = 0  # the common beginning of all rows, computed once a step
+    packed: bool = False  # a micro-batch is one row without padding
+    attention: str | None = None
+    activation_checkpointing: bool = False
+
+
+@dataclass
+class Rows:
+    """Rows as the data loader hands them over: a step puts them together."""
+
+    rows: list[dict[str, Any]]
+
+
+@dataclass
+class Step:
+    """All rows of one process's optimizer step, and the micro-batches they are computed in."""
+
+    rows: list[dict[str, Any]]
+    batches: list[dict[str, Any]]
+
+
+def split_by_length(lengths: list[int], most_tokens: int, shared: int = 0) -> list[list[int]]:
+    """Indices of rows, the longest first, in micro-batches that together cost least.
+
+    A micro-batch costs its rows times its longest length, and MICRO_BATCH_COST. With `shared`
+    tokens before each row it holds at most `most_tokens`, or one row.
+    """
+    order = sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
+    costs, starts = [0.0], [0]
+    for end in range(1, len(order) + 1):
+        least, begin = math.inf, end - 1
+        for start in range(end - 1, -1, -1):
+            count, longest = end - start, lengths[order[start]]
+            if count > 1 and count * (longest + shared) > most_tokens:
+                break
+            cost = costs[start] + count * longest + MICRO_BATCH_COST
+            if cost < least:
+                least, begin = cost, start
+        costs.append(least)
+        starts.append(begin)
+    batches, end = [], len(order)
+    while end:
+        batches.append(order[starts[end] : end])
+        end = starts[end]
+    return batches[::-1]
+
+
+def split_evenly(lengths: list[int], most_rows: int) -> list[list[int]]:
+    """Indices of rows, the longest first, in equal micro-batches: as many on every process."""
+    order = sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
+    return [order[start : start + most_rows] for start in range(0, len(order), most_rows)]
+
+
+def fast_trainer(kind: type) -> type:
+    """A trainer class that computes a step as its `speed` says; else it is `kind`.
+
+    Trainer counts gradient_accumulation_steps micro-batches in each step. Here the last of them
+    holds all rows of the step and the others none, so that the rows can be put together anew.
+    """
+    import torch
+    from torch.nn import functional
+
+    class FastTrainer(kind):
+        speed = Speed()
+        auto_batch = False
+        longest = 0  # tokens of the longest training row
+        prompt: list[int] = []  # noqa: RUF012
+        cache: list[tuple[Any, Any]] | None = None
+        counts: list[Any] | None = None
+
+        def get_train_dataloader(self) -> Any:
+            if not self.speed.sort:
+                return super().get_train_dataloader()
+            collator, self.data_collator = self.data_collator, Rows
+            try:
+                return super().get_train_dataloader()
+            finally:
+                self.data_collator = collator
+
+        def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> Any:
+            if not self.speed.sort:
+                return super().get_batch_samples(epoch_iterator, num_batches, device)
+            taken = list(itertools.islice(epoch_iterator, num_batches))
+            step = self.build_step([row for batch in taken for row in batch.rows])
+            count = torch.tensor(sum(map(self.count_targets, step.batches)), device=device)
+            if self.args.world_size > 1 and self.args.average_tokens_across_devices:
+                count = self.accelerator.gather(count).sum()
+            return [Step([], []) for _ in taken[1:]] + [step], count
+
+        def build_step(self, rows: list[dict[str, Any]]) -> Step:
+            """Put rows together in micro-batches of similar length."""
+            shared, most = self.speed.prompt_tokens, self.speed.micro_batch
+            lengths = [len(row["input_ids"]) - shared for row in rows]
+            if self.args.world_size > 1:
+                parts = split_evenly(lengths, most)
+            else:
+                parts = split_by_length(lengths, most * self.longest, shared)
+            return Step(rows, [self.collate([rows[index] for index in part]) for part in parts])
+
+        def collate(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
+            if self.speed.prompt_tokens:
+                return collate_after_prompt(rows, self.speed.prompt_tokens)
+            if self.speed.packed:
+                return collate_packed(rows)
+            return dict(self.data_collator(rows))
+
+        def count_targets(self, batch: dict[str, Any]) -> int:
+            """What the loss is a mean over: supervised tokens, or a classifier's rows."""
+            labels = batch["labels"]
+            return labels.shape[0] if labels.dim() == 1 else int((labels[..., 1:] != -100).sum())
+
+        def floating_point_ops(self, inputs: Any) -> int:
+            if not isinstance(inputs, Step):
+                return super().floating_point_ops(inputs)
+            size = sum(batch["input_ids"].numel() for batch in inputs.batches)
+            if not size:
+                return 0
+            return super().floating_point_ops({"input_ids": torch.empty(size, device="meta")})
+
+        def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Any:
+            if not isinstance(inputs, Step):
+                return super().training_step(model, inputs, num_items_in_batch)
+            if not inputs.rows:
+                return torch.zeros((), device=self.args.device)
+            kept = self.kept_state()
+            while True:
+                try:
+                    loss = self.run_step(model, inputs, num_items_in_batch)
+                    break
+                except torch.OutOfMemoryError as error:
+                    self.halve(model, error)
+                    self.restore_state(kept)
+                    inputs = self.build_step(inputs.rows)
+            self.write_counts("train", sum(len(row["input_ids"]) for row in inputs.rows))
+            return loss
+
+        def run_step(self, model: Any, step: Step, num_items_in_batch: Any) -> Any:
+            """Forward and backward of all micro-batches; gradients are shared in the last one."""
+            model.train()
+            states = self.read_prompt(model) if self.speed.prompt_tokens else []
+            loss = torch.zeros((), device=self.args.device)
+            for number, batch in enumerate(step.batches, start=1):
+                waits = number < len(step.batches)
+                with self.accelerator.no_sync(model) if waits else contextlib.nullcontext():
+                    # A copy: the trainers add to what they are given.
+                    loss += super().training_step(model, dict(batch), num_items_in_batch)
+            self.end_prompt(states)
+            return loss
+
+        def read_prompt(self, model: Any) -> list[Any]:
+            """Compute the prompt's keys and values; `cache` gets copies that collect gradients."""
+            with self.compute_loss_context_manager():
+                found = model(
+                    input_ids=torch.tensor([self.prompt], device=self.args.device),
+                    use_cache=True,
+                    logits_to_keep=1,
+                ).past_key_values
+            pairs = [(layer.keys, layer.values) for layer in found.layers]
+            self.cache = [
+                tuple(state.detach().requires_grad_(state.requires_grad) for state in pair)
+                for pair in pairs
+            ]
+            return [state for pair in pairs for state in pair]
+
+        def end_prompt(self, states: list[Any]) -> None:
+            """Carry the gradients that the rows left at the prompt's keys and values through it."""
+            copies = [state for pair in self.cache or () for state in pair]
+            reached = [
+                (state, copy.grad)
+                for state, copy in zip(states, copies, strict=True)
+                if copy.grad is not None
+            ]
+            self.cache = None
+            if reached:
+                torch.autograd.backward(*zip(*reached, strict=True))
+
+        def kept_state(self) -> Any:
+            """What a step that runs out of memory has to be begun again from."""
+            if not self.auto_batch:
+                return None
+            device = self.args.device
+            numbers = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+            metrics = getattr(self, "_metrics", {"train": {}})["train"]
+            tokens = getattr(self, "_total_train_tokens", 0)
+            kept = {name: list(values) for name, values in metrics.items()}
+            return torch.get_rng_state(), numbers, kept, tokens
+
+        def restore_state(self, kept: Any) -> None:
+            numbers, on_device, metrics, tokens = kept
+            torch.set_rng_state(numbers)
+            if on_device is not None:
+                torch.cuda.set_rng_state(on_device, self.args.device)
+            if hasattr(self, "_metrics"):
+                self._metrics["train"].clear()
+                self._metrics["train"].update(metrics)
+                self._total_train_tokens = tokens
+
+        def halve(self, model: Any, error: Exception) -> None:
+            """Make micro-batches smaller after a step ran out of memory, or raise its error."""
+            size = self.speed.micro_batch
+            # Other processes wait for this one within the step.
+            if not self.auto_batch or size == 1 or self.args.world_size > 1:
+                raise error
+            self.speed.micro_batch = size // 2
+            self.cache, self.counts = None, None
+            model.zero_grad()
+            if self.args.device.type == "cuda":
+                torch.cuda.empty_cache()
+            print(
+                f"--auto_batch: out of memory in step {self.state.global_step + 1}; it is computed "
+                f"again with micro-batches of {size // 2} rows instead of {size}",
+                flush=True,
+            )
+
+        def compute_loss(
+            self,
+            model: Any,
+            inputs: Any,
+            return_outputs: bool = False,
+            num_items_in_batch: Any = None,
+        ) -> Any:
+            training = self.model.training
+            if "labels" in inputs and inputs["labels"].dim() == 1:
+                found = super().compute_loss(model, inputs, return_outputs)
+                if not (training and self.speed.sort):
+                    return found
+                share = inputs["labels"].shape[0] * self.num_averaged() / num_items_in_batch
+                return found * share
+            if return_outputs or not self.speed.labelled_only:
+                return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+            tokens = inputs.get("attention_mask", inputs["input_ids"].new_ones(())).sum()
+            loss, counts = self.labelled_loss(model, inputs)
+            if training and self.counts is not None:
+                counts += self.counts
+            self.counts = counts
+            if not training:
+                self.write_counts("eval", int(tokens))
+            if num_items_in_batch is None:
+                return loss / counts[2].clamp(min=1)
+            return loss / num_items_in_batch * self.num_averaged()
+
+        def num_averaged(self) -> int:
+            """The processes whose gradients are averaged although the count is that of all."""
+            return self.args.world_size if self.args.average_tokens_across_devices else 1
+
+        def labelled_loss(self, model: Any, inputs: dict[str, Any]) -> tuple[Any, Any]:
+            """Summed cross entropy (float32), and summed entropy, hits and count of the targets.
+
+            The model's own head, with whatever scaling follows it, sees the positions before a
+            supervised token and no others.
+            """
+            inputs = dict(inputs)
+            targets = inputs.pop("labels")[:, 1:]
+            chosen = targets != -100
+            options: dict[str, Any] = {"use_cache": False}
+            if inputs.pop("after_prompt", False):
+                options = {"use_cache": True, "past_key_values": self.past(len(targets))}
+
+            def keep(_: Any, states: tuple[Any, ...]) -> tuple[Any, ...]:
+                return (states[0][:, :-1][chosen], *states[1:])
+
+            head = self.model.get_base_model().get_output_embeddings()
+            hook = head.register_forward_pre_hook(keep)
+            try:
+                logits = model(**inputs, **options).logits.float()
+            finally:
+                hook.remove()
+            wanted = targets[chosen]
+            loss = functional.cross_entropy(logits, wanted, reduction="sum")
+            with torch.no_grad():
+                scores = logits.log_softmax(-1)
+                entropy = -(scores.exp() * scores).sum()
+                hits = (logits.argmax(-1) == wanted).sum()
+                counts = torch.stack([entropy, hits.float(), torch.ones_like(wanted).sum().float()])
+            return loss, counts
+
+        def past(self, num_rows: int) -> Any:
+            """The prompt's keys and values for each of some rows, as a cache of their own."""
+            from transformers import DynamicCache
+
+            cache = DynamicCache()
+            for layer, pair in enumerate(self.cache):
+                keys, values = (state.expand(num_rows, -1, -1, -1) for state in pair)
+                cache.update(keys, values, layer)
+            return cache
+
+        def write_counts(self, mode: str, num_tokens: int) -> None:
+            """Add what labelled_loss counted to the metrics that TRL logs under the same names."""
+            if self.counts is None:
+                return
+            counts = torch.cat([self.counts, self.counts.new_tensor([num_tokens])])
+            if self.args.world_size > 1:
+                counts = self.accelerator.gather(counts[None]).sum(0)
+            entropy, hits, total, tokens = counts.tolist()
+            metrics = self._metrics[mode]
+            metrics["entropy"].append(entropy / max(1.0, total))
+            metrics["mean_token_accuracy"].append(hits / max(1.0, total))
+            if mode == "train":
+                self._total_train_tokens += round(tokens)
+            metrics["num_tokens"] = [self._total_train_tokens]
+            self.counts = None
+
+    return FastTrainer
+
+
+def collate_after_prompt(rows: list[dict[str, Any]], shared: int) -> dict[str, Any]:
+    """A padded micro-batch of what follows the first `shared` tokens of each row."""
+    import torch
+
+    size = max(len(row["input_ids"]) for row in rows) - shared
+    ids = torch.zeros(len(rows), size, dtype=torch.long)
+    labels = torch.full_like(ids, -100)
+    mask = torch.zeros(len(rows), shared + size, dtype=torch.long)
+    for number, row in enumerate(rows):
+        length = len(row["input_ids"]) - shared
+        ids[number, :length] = torch.tensor(row["input_ids"][shared:])
+        labels[number, :length] = torch.tensor(row["labels"][shared:])
+        mask[number, : shared + length] = 1
+    return {"input_ids": ids, "labels": labels, "attention_mask": mask, "after_prompt": True}
+
+
+def collate_packed(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """A micro-batch as one row without padding; positions and lengths say where each row begins.
+
+    Flash attention reads cu_seq_lens_*, other implementations find the rows by their positions.
+    """
+    import torch
+
+    lengths = [len(row["input_ids"]) for row in rows]
+    ends = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
+    labels = [label for row in rows for label in (-100, *row["labels"][1:])]
+    return {
+        "input_ids": torch.tensor([[token for row in rows for token in row["input_ids"]]]),
+        "labels": torch.tensor([labels]),
+        "position_ids": torch.cat([torch.arange(length) for length in lengths])[None],
+        "cu_seq_lens_q": ends,
+        "cu_seq_lens_k": ends,
+        "max_length_q": max(lengths),
+        "max_length_k": max(lengths),
+    }
+
+
+def choose_speed(
+    args: argparse.Namespace, trainer: Any, contract: dict[str, Any], resumed: bool
+) -> None:
+    """Decide how this run computes its steps, and record it; a resumed run takes what stands."""
+    training, device = contract["training"], trainer.args.device.type
+    if "speed" in training:
+        trainer.speed = Speed(**training["speed"])
+    elif resumed:
+        # What an older version of this script began has no record: it goes on as it was.
+        explicit = args.trainer_fields.get("activation_checkpointing", device == "cuda")
+        trainer.speed = Speed(activation_checkpointing=explicit)
+    else:
+        chosen = None
+        if RANK == 0:
+            measure_speed(args, trainer, training["precision"])
+            chosen = asdict(trainer.speed)
+        trainer.speed = Speed(**broadcast(chosen))
+        training["speed"] = asdict(trainer.speed)
+    apply_speed(args, trainer)
+    if "speed" in training:
+        print(f"speed: {describe_speed(trainer)}", flush=True)
+
+
+def describe_speed(trainer: Any) -> str:
+    """What was chosen, in words."""
+    speed, settings = trainer.speed, trainer.args
+    num_rows = settings.per_device_train_batch_size * settings.gradient_accumulation_steps
+    said = []
+    if speed.sort:
+        form = "without padding" if speed.packed else "by length"
+        said.append(
+            f"the {num_rows} rows of a step {form} in micro-batches of up to "
+            f"{speed.micro_batch * trainer.longest} tokens"
+        )
+    if speed.prompt_tokens:
+        said.append(f"{speed.prompt_tokens} prompt tokens once a step")
+    if speed.labelled_only:
+        said.append("logits at supervised tokens only")
+    said.append(f"attention {trainer.model.config._attn_implementation}")
+    said.append(f"activation checkpointing {'on' if speed.activation_checkpointing else 'off'}")
+    return ", ".join(said)
+
+
+def apply_speed(args: argparse.Namespace, trainer: Any) -> None:
+    """Set up model and trainer as `trainer.speed` says."""
+    speed, settings = trainer.speed, trainer.args
+    trainer.auto_batch = args.auto_batch
+    # The loss of such a step is already that of all its rows.
+    trainer.loss_is_scaled_for_ga = True if speed.sort else None
+    trainer.longest = max(map(len, trainer.train_dataset["input_ids"]))
+    trainer.prompt = trainer.train_dataset[0]["input_ids"][: speed.prompt_tokens]
+    if speed.attention:
+        trainer.model.get_base_model().set_attn_implementation(speed.attention)
+    set_checkpointing(trainer, speed.activation_checkpointing)
+    if settings.torch_compile:
+        print("--torch_compile: pays after many steps only, and is not combined with the above")
+
+
+def set_checkpointing(trainer: Any, on: bool) -> None:
+    """Switch activation checkpointing; the trainer was built with it where it was asked for."""
+    model, settings = trainer.model, trainer.args
+    if settings.activation_checkpointing == on:
+        return
+    settings.activation_checkpointing = on
+    if on:
+        # Without it no gradient reaches LoRA weights behind frozen ones that are checkpointed.
+        model.enable_input_require_grads()
+        options = dict(settings.activation_checkpointing_kwargs or {})
+        options.pop("selective", None)
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs=options or None)
+    else:
+        model.activation_checkpointing_disable()
+
+
+def measure_speed(args: argparse.Namespace, trainer: Any, precision: str) -> None:
+    """Choose what makes a step cheap and leaves its loss as it is, by trying it on a first batch.
+
+    No random number is consumed, and no weight or gradient is left changed.
+    """
+    import torch
+
+    settings, rows = trainer.args, trainer.train_dataset
+    speed = trainer.speed = Speed(activation_checkpointing=settings.activation_checkpointing)
+    if args.attn_implementation != "auto":
+        speed.attention = args.attn_implementation
+        trainer.model.get_base_model().set_attn_implementation(speed.attention)
+    # Trainer's count of tokens and parallelism within a batch need its own batches.
+    if settings.torch_compile or settings.include_num_input_tokens_seen != "no":
+        return
+    if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
+        return
+    lengths = [len(ids) for ids in rows["input_ids"]]
+    trainer.longest = max(lengths)
+    speed.sort, speed.micro_batch = True, settings.per_device_train_batch_size
+    num_rows = speed.micro_batch * settings.gradient_accumulation_steps
+    by_length = sorted(range(len(rows)), key=lambda index: (-lengths[index], index))
+    cuda = [settings.device] if settings.device.type == "cuda" else []
+    with torch.random.fork_rng(cuda):
+        batch = [rows[index] for index in range(min(num_rows, len(rows)))]
+        if args.task == "causal":
+            choose_logits(args, trainer, batch, precision)
+        if args.attn_implementation == "auto" and not cuda:
+            choose_attention(trainer, batch, precision)
+        if cuda or args.auto_batch:
+            longest = [rows[index] for index in by_length[:num_rows]]
+            explicit = "activation_checkpointing" in args.trainer_fields
+            choose_memory(trainer, longest, args.auto_batch, bool(cuda) and not explicit)
+    trainer.model.zero_grad()
+    trainer.counts = None
+
+
+def choose_logits(
+    args: argparse.Namespace, trainer: Any, batch: list[dict[str, Any]], precision: str
+) -> None:
+    """Logits at supervised tokens, a prompt computed once, rows without padding: where exact.
+
+    Each is compared with the model's own loss of a padded batch with all logits.
+    """
+    speed, settings = trainer.speed, trainer.args
+    if settings.label_smoothing_factor or settings.loss_type != "nll" or trainer.aux_loss_enabled:
+        return
+    batch = sorted(batch, key=lambda row: len(row["input_ids"]))[:: max(1, len(batch) // 4)][:4]
+    expected = own_loss(trainer, batch)
+
+    def is_exact(what: str) -> bool:
+        try:
+            found = first_loss(trainer, batch)
+        except Exception as error:  # Whatever a model's code does not expect.
+            reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        else:
+            if abs(found - expected) <= SAME_LOSS[precision] * max(1.0, abs(expected)):
+                return True
+            reason = f"the loss of a first batch is {found:.6f} and the model's {expected:.6f}"
+        print(f"speed: not {what}: {reason}", flush=True)
+        return False
+
+    # On a GPU with Triton, TRL's own head computes supervised tokens only, and in chunks.
+    speed.labelled_only = True
+    if not is_exact("logits at supervised tokens only"):
+        speed.labelled_only = False
+        return
+    shared = shared_prompt(trainer) if args.share_prompt != "never" else 0
+    saved = shared * (len(batch) - 1)
+    if saved > 2 * MICRO_BATCH_COST and not settings.activation_checkpointing and WORLD_SIZE == 1:
+        if args.share_prompt == "auto" and has_dropout(trainer.model):
+            print(
+                f"speed: {shared} tokens are the same in every row. --lora_dropout 0 or "
+                "--share_prompt always (one dropout draw a step for all rows) computes them once.",
+                flush=True,
+            )
+        else:
+            speed.prompt_tokens, trainer.prompt = shared, batch[0]["input_ids"][:shared]
+            if not is_exact(f"the {shared} common tokens of the prompt once a step"):
+                speed.prompt_tokens = 0
+    attention = trainer.model.config._attn_implementation
+    if not speed.prompt_tokens and "seq_lengths" not in batch[0] and is_varlen(attention):
+        speed.packed = True
+        if not is_exact("rows without padding"):
+            speed.packed = False
+
+
+def is_varlen(attention: str) -> bool:
+    """Whether an attention implementation computes rows that lie one after the other apart."""
+    return "flash" in attention
+
+
+def shared_prompt(trainer: Any) -> int:
+    """How many tokens all rows begin with, at least two before the first supervised one.
+
+    0 where rows are packed: only their first row would begin with the prompt.
+    """
+    rows = trainer.train_dataset
+    if trainer.padding_free or "seq_lengths" in rows.column_names:
+        return 0
+    labels = rows["labels"]
+    unsupervised = min(
+        next((place for place, label in enumerate(row) if label != -100), 0) for row in labels
+    )
+    return max(0, min(len(common_prefix(rows["input_ids"])), unsupervised - 1))
+
+
+def has_dropout(model: Any) -> bool:
+    """Whether training draws random numbers for each token."""
+    import torch
+
+    modules = (module for module in model.modules() if isinstance(module, torch.nn.Dropout))
+    config = model.config.get_text_config()
+    drawn = [getattr(config, name, 0) or 0 for name in ("attention_dropout", "attn_pdrop")]
+    return any(drawn) or any(module.p > 0 for module in modules)
+
+
+def own_loss(trainer: Any, rows: list[dict[str, Any]]) -> float:
+    """The loss that the model itself computes for a padded batch of rows, without dropout."""
+    import torch
+
+    batch = trainer._prepare_inputs(dict(trainer.data_collator(rows)))
+    options = {} if batch["labels"].dim() == 1 else {"use_cache": False}
+    with torch.no_grad(), trainer.accelerator.autocast():
+        return trainer.model.eval()(**batch, **options).loss.item()
+
+
+def first_loss(trainer: Any, rows: list[dict[str, Any]]) -> float:
+    """The loss of rows by `trainer.speed`, without dropout."""
+    import torch
+
+    trainer.model.eval()
+    with torch.no_grad(), trainer.accelerator.autocast():
+        if trainer.speed.prompt_tokens:
+            trainer.read_prompt(trainer.model)
+        batch = trainer._prepare_inputs(trainer.collate(rows))
+        loss, counts = trainer.labelled_loss(trainer.model, batch)
+        trainer.cache = None
+    return (loss / counts[2]).item()
+
+
+def try_step(trainer: Any, rows: list[dict[str, Any]]) -> float:
+    """Compute a step's gradients without using them; return the seconds it took."""
+    import torch
+
+    step = trainer.build_step(rows)
+    count = torch.tensor(max(1, sum(map(trainer.count_targets, step.batches))))
+    began = time.perf_counter()
+    with trainer.accelerator.autocast():
+        trainer.run_step(trainer.model, step, count.to(trainer.args.device))
+    if trainer.args.device.type == "cuda":
+        torch.cuda.synchronize()
+    seconds = time.perf_counter() - began
+    trainer.counts = None
+    trainer.model.zero_grad()
+    metrics = getattr(trainer, "_metrics", None)
+    if metrics:  # TRL's own loss counts whatever it computes.
+        metrics["train"].clear()
+        trainer._total_train_tokens = 0
+    return seconds
+
+
+def choose_attention(trainer: Any, batch: list[dict[str, Any]], precision: str) -> None:
+    """Eager attention where it is faster than sdpa on this machine and gives the same loss.
+
+    On a CPU with short rows it is: sdpa's kernel has no fast path for a padding mask there.
+    """
+    base, speed = trainer.model.get_base_model(), trainer.speed
+    if base.config._attn_implementation != "sdpa" or base.num_parameters() < MEASURED_FROM:
+        return
+    batch = sorted(batch, key=lambda row: len(row["input_ids"]))
+    middle = len(batch) // 2
+    size = min(len(batch), speed.micro_batch)
+    batch = batch[max(0, middle - size // 2) :][:size]
+    seconds: dict[str, list[float]] = {"sdpa": [], "eager": []}
+    losses = {}
+    for turn in range(4):
+        for name in seconds:
+            base.set_attn_implementation(name)
+            if turn == 0:
+                loss = first_loss if speed.labelled_only else own_loss
+                losses[name] = loss(trainer, batch)
+            seconds[name].append(try_step(trainer, batch))
+    # The first turn warms up; the least of the others is the one that others disturbed least.
+    ratio = min(seconds["sdpa"][1:]) / min(seconds["eager"][1:])
+    same = abs(losses["sdpa"] - losses["eager"]) <= SAME_LOSS[precision] * max(1.0, losses["sdpa"])
+    speed.attention = "eager" if same and ratio > 1.1 else "sdpa"
+    base.set_attn_implementation(speed.attention)
+    verdict = f"eager takes 1/{ratio:.2f} of sdpa's time" + ("" if same else ", with another loss")
+    print(f"speed: attention {speed.attention} ({verdict} in 3 passes)", flush=True)
+
+
+def choose_memory(
+    trainer: Any, longest: list[dict[str, Any]], auto_batch: bool, checkpointing: bool
+) -> None:
+    """By trying the longest rows: no activation checkpointing where they fit without it, and with
+    --auto_batch the largest micro-batch that fits.
+    """
+    speed = trainer.speed
+    size = min(speed.micro_batch, len(longest))
+    if checkpointing and not fits(trainer, longest, size):
+        # The prompt's keys and values are not kept where activations are not.
+        speed.activation_checkpointing, speed.prompt_tokens = True, 0
+        set_checkpointing(trainer, True)
+        print(f"speed: {size} of the longest rows need activation checkpointing", flush=True)
+    if not auto_batch:
+        return
+    while size > 1 and not fits(trainer, longest, size):
+        size //= 2
+    while size < len(longest) and fits(trainer, longest, min(2 * size, len(longest))):
+        size = min(2 * size, len(longest))
+    speed.micro_batch = size
+    print(f"--auto_batch: micro-batches of up to {size} of the longest rows", flush=True)
+
+
+def fits(trainer: Any, longest: list[dict[str, Any]], size: int) -> bool:
+    """Whether a micro-batch of `size` of the longest rows fits, with a tenth to spare."""
+    import resource
+
+    import torch
+
+    speed, before = trainer.speed, trainer.speed.micro_batch
+    speed.micro_batch = size
+    on_gpu = trainer.args.device.type == "cuda"
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    try:
+        try_step(trainer, longest[:size])
+    except torch.OutOfMemoryError:
+        trainer.cache = trainer.counts = None
+        trainer.model.zero_grad()
+        if on_gpu:
+            torch.cuda.empty_cache()
+        return False
+    finally:
+        speed.micro_batch = before
+    if on_gpu:
+        total = torch.cuda.get_device_properties(trainer.args.device).total_memory
+        return torch.cuda.max_memory_reserved() <= 0.9 * total
+    # A CPU has no such error, only a process that is killed: the next doubling must fit too.
+    grown = 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak)
+    return 2 * grown <= 0.9 * free
 
 
 # --- loggers ---------------------------------------------------------------------------------
