@@ -2121,7 +2121,7 @@ def build_bias(
         gap["max_min"] |= {"p": gap_p.get(rate), "p_holm": adjusted.get(rate)}
         found = rate in gap_p and adjusted[rate] < 0.05
         gap["significant"] = found if rate in gap_p else None
-        if rate in gap_p and gap_p[rate] >= 0.05:
+        if rate in gap_p and not found:
             gap["max_min"]["low"] = 0.0
             if gap["min_max_ratio"]["value"] is not None:
                 gap["min_max_ratio"]["high"] = 1.0

@@ -3244,6 +3244,29 @@ def build_figures(sample: Sample, strategy: str, posts: Any, decided: Any = None
     }
 
 
+def build_per_label(sample: Sample, strategy: str) -> dict[str, Any]:
+    """Precision, recall and F1 of each label against all others, over the parsed answers."""
+    import numpy as np
+
+    answers = sample.predicted[strategy]
+    found = {}
+    for index, label in enumerate(sample.labels):
+        truth, said = sample.truth[answers >= 0] == index, answers[answers >= 0] == index
+        hits = int(np.sum(truth & said))
+        found[label] = {
+            "n": int(truth.sum()),
+            "precision": share(hits, int(said.sum()), "none predicted"),
+            "recall": share(hits, int(truth.sum()), f"no {label} posts"),
+            "f1": dice(
+                hits,
+                int(truth.sum() + said.sum()) - 2 * hits,
+                f"no {label} posts and none predicted",
+                len(truth),
+            ),
+        }
+    return found
+
+
 def name_of_negative(labels: list[str], positive: str) -> str:
     """What a post is that does not have the positive label."""
     others = [label for label in labels if label != positive]
@@ -3317,6 +3340,7 @@ def build_strategy(
         return entry | {"overall": None, "groups": dict.fromkeys(sample.members), "bias": None}
     everything = np.ones(len(sample.truth), dtype=bool)
     overall = build_figures(sample, name, everything)
+    overall["per_label"] = build_per_label(sample, name)
     groups = {
         group: build_figures(sample, name, posts)
         | (group_auc(sample, name, group) if group != NO_TARGET else {})
@@ -3404,7 +3428,7 @@ def build_bias(
         gap["max_min"] |= {"p": gap_p.get(rate), "p_holm": adjusted.get(rate)}
         found = rate in gap_p and adjusted[rate] < 0.05
         gap["significant"] = found if rate in gap_p else None
-        if rate in gap_p and gap_p[rate] >= 0.05:
+        if rate in gap_p and not found:
             gap["max_min"]["low"] = 0.0
             if gap["min_max_ratio"]["value"] is not None:
                 gap["min_max_ratio"]["high"] = 1.0
@@ -6624,6 +6648,18 @@ def overall_table(metrics: dict[str, Any]) -> list[list[str]]:
     return figure_table(metrics, keys)
 
 
+def label_table(metrics: dict[str, Any]) -> list[list[str]]:
+    """Each label of the model against all others, header first; of two labels nothing more."""
+    figures = metrics["strategies"][0]["overall"]
+    rows = [["label", "posts", "precision", "recall", "F1"]]
+    if figures is None or len(figures["labels"]) == 2:
+        return []
+    for label, one in figures["per_label"].items():
+        cells = [shown(key, one[key]) for key in ("precision", "recall", "f1")]
+        rows.append([visible(label), str(one["n"]), *cells])
+    return rows
+
+
 def further_table(metrics: dict[str, Any]) -> list[list[str]]:
     """The rest of the figures over all posts, header first."""
     keys = ("balanced_accuracy", "mcc", "f1_weighted", "average_precision", "brier", "ece")
@@ -7136,6 +7172,11 @@ def build_sections(metrics: dict[str, Any]) -> list[dict[str, Any]]:
             answer_table(metrics),
         ),
         (
+            "Each label against all others",
+            "Of the model; weighted F1 below is the mean of the labels' F1, by their posts.",
+            label_table(metrics),
+        ),
+        (
             "Further figures over all posts",
             "ECE in bins of equally many posts; it is biased upwards where posts are few.",
             further_table(metrics),
@@ -7260,6 +7301,7 @@ def build_text(metrics: dict[str, Any]) -> str:
     learned = [one for one in metrics["strategies"] if not one["name"].startswith("always_")]
     parts = [
         ("", overall_table(metrics)),
+        ("Each label against all others", label_table(metrics)),
         ("", group_table(metrics, learned)),
         ("Against the rest of the posts", gap_table(metrics)),
         ("Gates", gate_table(metrics)),
@@ -8368,25 +8410,15 @@ def check_line(row: Any, origin: str) -> None:
         fail(
             f"{origin} needs `text` and `label`, or a prompt with its answer; {found}. {DATA_FORMS}"
         )
-    turns = [row.get(key) for key in ("messages", "prompt", "completion") if key in row]
+    turns = [row[key] for key in ("messages", "prompt", "completion") if key in row]
     if not asked:
         turns = [row["text"]]
-    valid = all(
-        isinstance(turn, str)
-        or isinstance(turn, list)
-        and all(
-            isinstance(message, dict)
-            and isinstance(message.get("role"), str)
-            and isinstance(message.get("content"), str)
-            for message in turn
-        )
-        for turn in turns
-    )
-    if (
-        not valid
-        or not isinstance(row.get("text", ""), str)
-        or isinstance(row.get("messages"), str)
-    ):
+    texts = [turn for turn in turns if not isinstance(turn, list)]
+    for message in (message for turn in turns if isinstance(turn, list) for message in turn):
+        known = message if isinstance(message, dict) else {}
+        texts += [known.get("role"), known.get("content")]
+    texts += [row["text"]] if "text" in row else []
+    if not all(isinstance(text, str) for text in texts) or isinstance(row.get("messages"), str):
         fail(f"{origin}: a `text`, and each message's `role` and `content`, must be a string.")
     if asked:
         said = row.get("messages") or [*as_turns(row, "prompt"), *as_turns(row, "completion")]
@@ -8436,8 +8468,8 @@ def read_strategy(
                 unread.append(row)
     if unread:
         fail(
-            f"{origin}: the answers of {len(unread)} rows, the first with the id {unread[0]['id']}, "
-            f"name no label. The labels are: {', '.join(labels)}; --labels names others."
+            f"{origin}: the answers of {len(unread)} rows, such as the one with the id "
+            f"{unread[0]['id']}, name no label. The labels are: {', '.join(labels)}."
         )
 
 
