@@ -192,6 +192,8 @@ def merge(
 
     kind = getattr(torch, dtype)
     model = load_base(base, config, trained["task"], trained["labels"], kind, device)
+    # A decoder with a classification head finds a row's last token by this id.
+    model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
     model = load_adapter(model, adapter, base)
     expected = label_probabilities(model, trained, posts, tokenizer.pad_token_id)
     with model.disable_adapter():
@@ -1000,11 +1002,17 @@ def load_base(
     """Load the base model for `causal` or `classify` (a new head with one output per label).
 
     MXFP4 (gpt-oss) and FP8 (Ministral) checkpoints are dequantised, because neither can be
-    trained or merged as stored.
+    trained or merged as stored. Four bits of an FP8 checkpoint come from a copy in bfloat16.
     """
     import transformers
 
     stored = (getattr(config, "quantization_config", None) or {}).get("quant_method")
+    if quantization is not None and stored == "fp8":
+        with TemporaryDirectory(prefix="bfloat16-") as scratch:
+            copy = write_whole_copy(base, config, task, labels, Path(scratch))
+            whole = read_base_config(copy)
+            return load_base(copy, whole, task, labels, dtype, device, quantization)
+    dequantised = quantization is None and stored in ("mxfp4", "fp8")
     if quantization is None and stored == "mxfp4":
         quantization = transformers.Mxfp4Config(dequantize=True)
     if quantization is None and stored == "fp8":
@@ -1037,7 +1045,9 @@ def load_base(
         try:
             model, report = kind.from_pretrained(place, output_loading_info=True, **options)
         except (SafetensorError, ValueError) as error:
-            fail(f"{base.name} cannot be loaded for the task {task}: {error}")
+            # The library's list of all classes that it could load instead has 10,000 characters.
+            reason = str(error).partition("Model type should be one of")[0]
+            fail(f"{base.name} cannot be loaded for the task {task}: {reason}")
     transformers.logging.set_verbosity_warning()
     body = f"{model.base_model_prefix}."
     lost = [
@@ -1047,7 +1057,18 @@ def load_base(
     ]
     if lost:
         fail(f"{base.name} lacks {len(lost)} of its weights, for example {sorted(lost)[0]}.")
-    return model
+    # What the checkpoint does not hold quantised keeps its own dtype otherwise.
+    return model.to(dtype) if dequantised else model
+
+
+def write_whole_copy(base: Repo, config: Any, task: str, labels: list[str], folder: Path) -> Repo:
+    """Save a quantised base dequantised to bfloat16, two bytes a weight; four bits start there."""
+    import torch
+
+    print(f"{base.name} is stored quantised: four bits are made from a bfloat16 copy", flush=True)
+    model = load_base(base, config, task, labels, torch.bfloat16, "cpu")
+    model.save_pretrained(folder, save_original_format=False)
+    return Repo(base.name, "model", None, folder)
 
 
 def token_batches(lengths: list[int], budget: int) -> Iterator[list[int]]:

@@ -103,7 +103,7 @@ RUN_FILES = (
 PROBE_POST = "My neighbours moved in last week, said <|endoftext|> nobody. 42 % é \u4f60\u597d"
 NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")
 LABELS, POSITIVE_LABEL = ["normal", "hate"], "hate"
-LORA_TARGETS = ["q_proj", "v_proj"]
+LORA_TARGETS, LORA_DROPOUT = ["q_proj", "v_proj"], 0.05
 PRESETS: dict[str, dict[str, Any]] = {
     "default": {},
     "high_capacity": {"lora_r": 64, "num_train_epochs": 5},
@@ -113,6 +113,46 @@ PRESETS: dict[str, dict[str, Any]] = {
         "max_length": 256,
     },
     "quick_test": {"num_train_epochs": 1, "lora_r": 16, "early_stopping_patience": 0},
+    # 100 steps of a small model, for the smallest GPU: hf jobs uv run --flavor t4-small ...
+    "first_run": {
+        "model_name_or_path": "HuggingFaceTB/SmolLM2-135M-Instruct",
+        "run_name": "first-run",
+        "max_steps": 100,
+        "max_length": 256,
+        "per_device_train_batch_size": 16,
+        "gradient_accumulation_steps": 1,
+        "warmup_steps": 0.1,
+        "learning_rate": 1e-3,
+        "lora_r": 16,
+        "save_steps": 50,
+        "early_stopping_patience": 0,
+    },
+    # FP8 on the Hub; --load_in_4bit makes NF4 of it through a copy in bfloat16.
+    "ministral_qlora": {
+        "model_name_or_path": "mistralai/Ministral-3-3B-Instruct-2512",
+        "run_name": "ministral",
+        "load_in_4bit": True,
+        "lora_target_modules": ["all-linear"],
+        "learning_rate": 1e-4,
+        "warmup_steps": 0.05,
+        "lr_scheduler_type": "cosine",
+        "report_to": ["wandb"],
+    },
+    # The recipe of the source: LoRA on GPT-2, one epoch, the last weights.
+    "gpt2_twitter": {
+        "model_name_or_path": "openai-community/gpt2",
+        "dataset_repo": "{you}/hsd-twitter",
+        "run_name": "gpt2-twitter",
+        "task": "classify",
+        "learning_rate": 2.5e-5,
+        "num_train_epochs": 1,
+        "per_device_train_batch_size": 8,
+        "gradient_accumulation_steps": 1,
+        "warmup_steps": 0.1,
+        "weight_decay": 0.01,
+        "lr_scheduler_type": "linear",
+        "early_stopping_patience": 0,
+    },
 }
 # Names that the libraries dropped and that users' commands and config files still hold.
 ALIASES = {
@@ -148,6 +188,7 @@ RESUME_RULES = {
             *("max_grad_norm", "lr_scheduler_type", "seed", "early_stopping_patience"),
             *("early_stopping_threshold", "calibration_fraction", "save_steps"),
             *("attn_implementation", "auto_batch", "share_prompt"),
+            *("lora_target_parameters", "class_weights", "labels", "positive_label"),
         ),
         EQUAL,
     ),
@@ -178,6 +219,15 @@ TRAINER_FLAGS = (
 )
 # Not pushed: training_args.bin is a pickle that nothing reads, README.md is PEFT's empty card.
 UNPUSHED = {"training_args.bin", "README.md"}
+MOST_LABELS = 20  # more different answers are no labels
+DATA_FORMS = (
+    "A row is one of: `messages` that end with the user's and the assistant's; `prompt` and "
+    "`completion`, each text or a list of messages; `text` and `label`. Other columns: "
+    "datasets/build_custom.py makes a dataset of them."
+)
+# What a base in four bits keeps whole: heads, of which a new one is trained, and the parts of a
+# vision-language model that no post passes through.
+WHOLE_MODULES = ["classifier", "score", "lm_head", "vision_tower", "multi_modal_projector"]
 # Also the strategy of a local training file of posts, which brings no prompt of its own.
 INSTRUCTION = {
     "description": "instruction, post and classification under headings; needs no chat template",
@@ -199,8 +249,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     flag = parser.add_argument_group("data").add_argument
     flag("--dataset_repo", help="Hub id[@revision] or folder ({you}/hsd-data)")
     flag("--dataset_config", help="prompt strategy (simple); with --task classify: unified")
-    flag("--train_file", help="JSONL of messages, or of text and label, instead of a dataset repo")
+    flag("--train_file", help="JSONL of posts or prompts (README) instead of a dataset repo")
     flag("--validation_file", help="the same for evaluation during training")
+    flag("--labels", nargs="+", help="of data without contract.json (normal hate, else its own)")
+    flag("--positive_label", help="the one that bias is measured for (hate)")
     flag("--max_length", type=int, default=512, help="tokens; a longer post is cut, no prompt")
     flag = parser.add_argument_group("model").add_argument
     flag("--model_name_or_path", default="openai/gpt-oss-20b", help="Hub id or folder")
@@ -208,8 +260,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     flag("--task", choices=["causal", "classify"], default="causal")
     flag("--lora_r", type=int, default=32)
     flag("--lora_alpha", type=int, default=32)
-    flag("--lora_dropout", type=float, default=0.05)
+    flag("--lora_dropout", type=float, default=LORA_DROPOUT)
     flag("--lora_target_modules", nargs="+", default=LORA_TARGETS)
+    flag(
+        *("--lora_target_parameters",),
+        nargs="+",
+        help="experts too, as mlp.experts.gate_up_proj mlp.experts.down_proj (gpt-oss)",
+    )
     flag("--load_in_4bit", **switch, help="QLoRA: the base quantised to four bits, twice")
     flag("--bnb_4bit_quant_type", choices=["nf4", "fp4"], default="nf4")
     flag("--dtype", choices=["auto", "float32", "bfloat16"], default="auto")
@@ -232,6 +289,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         type=float,
         default=0.5,
         help="of the validation posts, kept from early stopping for eval/calibrate.py",
+    )
+    flag(
+        *("--class_weights",),
+        default="none",
+        help="of --task classify: balanced, none, or LABEL=W,LABEL=W",
     )
     flag("--seed", type=int, default=42)
     flag = parser.add_argument_group("speed").add_argument
@@ -366,10 +428,15 @@ def train(argv: list[str] | None, stop: Stop) -> None:
     precision = choose_precision(args, device, earlier)
     tokenizer = load_tokenizer(base)
     contract = build_contract(args, data, base, tokenizer, precision, earlier)
-    contract["training"] |= calibration
+    contract["training"] |= calibration | {
+        "optimizer": choose_optimizer(args, device, earlier),
+        "class_weights": class_weights(args, data),
+    }
     contract = broadcast(contract)
     rows = encode_rows(args, data, tokenizer, contract)
     settings = build_settings(args, config, device, precision, bool(data.validation), store.folder)
+    if optimizer := contract["training"]["optimizer"]:
+        settings.optim = optimizer
     quantization = build_quantization(args, base, config, precision)
     phases.enter("download")
     checkpoint = None
@@ -380,7 +447,8 @@ def train(argv: list[str] | None, stop: Stop) -> None:
     fetch_base(base)
     phases.enter("load")
     model = build_model(args, base, config, data.labels, device, precision, quantization)
-    trainer = build_trainer(args, settings, model, base, tokenizer, rows)
+    weights = contract["training"]["class_weights"]
+    trainer = build_trainer(args, settings, model, base, tokenizer, rows, weights)
     warn_of_warmup(settings, len(rows[0]))
     choose_speed(args, trainer, contract, checkpoint is not None)
     run = Run(args, store, contract, stop, phases, job, checkpoint)
@@ -409,6 +477,8 @@ def duration(text: str) -> float:
 
 def check_training_arguments(args: argparse.Namespace) -> None:
     """Refuse what cannot work before anything is opened."""
+    if args.train_file and args.dataset_repo == PRESETS[args.preset].get("dataset_repo"):
+        args.dataset_repo = None
     if args.train_file and args.dataset_repo in environment_values("DATASET_REPO"):
         print(f"--train_file beats DATASET_REPO={args.dataset_repo} of the environment", flush=True)
         args.dataset_repo = None
@@ -420,6 +490,7 @@ def check_training_arguments(args: argparse.Namespace) -> None:
         fail("--keep_checkpoints and --save_steps must be at least 1, --save_minutes above 0.")
     if args.max_steps == 0 or args.num_train_epochs <= 0:
         fail("there is nothing to train: --max_steps is 0 or --num_train_epochs is not positive.")
+    check_model_arguments(args)
     local = args.output_dir and not args.hub_model_id
     if not 0 <= args.calibration_fraction < 1:
         fail(f"--calibration_fraction {args.calibration_fraction} is not from 0 to below 1.")
@@ -429,6 +500,21 @@ def check_training_arguments(args: argparse.Namespace) -> None:
         fail("--relay, --reclaim_storage and --squash_history need a repo: give --hub_model_id.")
     if args.hub_model_id and is_folder(args.hub_model_id):
         fail(f"--hub_model_id {args.hub_model_id} is a folder; say --output_dir for a local run.")
+
+
+def check_model_arguments(args: argparse.Namespace) -> None:
+    """Refuse flags of the model that contradict each other."""
+    if args.class_weights != "none" and args.task != "classify":
+        fail("--class_weights is of --task classify: a language model is trained on answers.")
+    if not args.lora_target_parameters or not args.lora_dropout:
+        return
+    if args.lora_dropout != LORA_DROPOUT:
+        fail(
+            "--lora_target_parameters needs --lora_dropout 0: PEFT adapts the weight itself, where "
+            f"no dropout of its input can be. It is {args.lora_dropout}."
+        )
+    print("--lora_target_parameters: lora_dropout is 0, since PEFT allows no other", flush=True)
+    args.lora_dropout = 0.0
 
 
 def environment_values(name: str) -> list[str]:
@@ -814,7 +900,9 @@ def open_store(args: argparse.Namespace) -> Store:
     """Fill in the repos that no flag names; nothing is created yet."""
     local = bool(args.output_dir) and not args.hub_model_id
     if not args.dataset_repo and not args.train_file:
-        args.dataset_repo = f"{own_namespace()}/hsd-data"
+        args.dataset_repo = "{you}/hsd-data"
+    if (args.dataset_repo or "").startswith("{you}/"):
+        args.dataset_repo = f"{own_namespace()}/{args.dataset_repo.partition('/')[2]}"
     if not local and not args.hub_model_id:
         args.hub_model_id = f"{own_namespace()}/hsd-{args.run_name or 'lora'}"
     scratch = Path(tempfile.gettempdir()) / f"hsd-train-{broadcast(os.urandom(4).hex())}"
@@ -1017,6 +1105,10 @@ def read_data(args: argparse.Namespace, earlier: dict[str, Any] | None) -> Data:
     source = open_repo(args.dataset_repo, "dataset")
     if earlier and source.revision and earlier["dataset"]["repo"] == source.name:
         source = open_repo(f"{source.name}@{earlier['dataset']['revision']}", "dataset")
+    if not has_contract(source):
+        return read_plain_data(args, source)
+    if args.labels or args.positive_label:
+        fail(f"--labels and --positive_label: those of {source.name} stand in its {CONTRACT}.")
     contract = read_contract(source, "dataset")
     name = args.dataset_config or ("unified" if args.task == "classify" else "simple")
     train = read_rows(source, name, "train")
@@ -1048,25 +1140,179 @@ def read_data(args: argparse.Namespace, earlier: dict[str, Any] | None) -> Data:
 
 
 def read_local_data(args: argparse.Namespace) -> Data:
-    """Rows of local JSONL files. Posts get the `instruction` strategy; messages bring their own."""
-    train = read_jsonl(args.train_file, LABELS)
-    validation = read_jsonl(args.validation_file, LABELS) if args.validation_file else []
-    posts = [row for row in train + validation if "messages" not in row]
-    check_labels(posts, LABELS, args.train_file)
-    if args.task == "classify" and len(posts) < len(train) + len(validation):
-        fail(f"--task classify needs `text` and `label` in every row of {args.train_file}.")
-    prompt = local_prompt(train[0]) if args.task == "causal" else None
-    for row in train + validation:
-        if "messages" in row:
-            *row["prompt"], answer = row["messages"]
-            row["completion"] = [answer]
-            row["text"] = row["prompt"][-1]["content"] if row["prompt"] else ""
-        elif prompt:
-            row["prompt"] = prompt_messages(prompt, row["text"], row)
-            row["completion"] = [{"role": "assistant", "content": row["label"]}]
-    groups = sorted({group for row in train for group in row["target_groups"]})
+    """Rows of local JSONL files. Posts get the `instruction` strategy; prompts bring their own."""
+    train = read_jsonl(args.train_file, args.labels or LABELS)
+    validation = []
+    if args.validation_file:
+        validation = read_jsonl(args.validation_file, args.labels or LABELS)
     record = record_of_files(args)
-    return Data(train, validation, LABELS, POSITIVE_LABEL, groups, prompt, None, record)
+    return build_plain_data(args, train, validation, args.train_file, None, record)
+
+
+def read_plain_data(args: argparse.Namespace, source: Repo) -> Data:
+    """Rows of a dataset repo that no script of this project wrote: no contract.json says more."""
+    from datasets import get_dataset_split_names
+
+    labels = args.labels or LABELS
+    train, config = read_plain_rows(source, args.dataset_config, "train", labels)
+    place = str(source.folder) if source.folder else source.name
+    with hub_errors(f"list the splits of {source.name}"):
+        splits = get_dataset_split_names(place, config, revision=source.revision)
+    found = [name for name in ("validation", "valid", "val", "dev") if name in splits]
+    validation = []
+    if found:
+        validation, _ = read_plain_rows(source, config, found[0], labels)
+    else:
+        print(f"{source.name} ({config}) has no validation split: there is no early stopping")
+    record = record_of_folder(source, "**/*.parquet", "**/*.jsonl", "**/*.json", "**/*.csv")
+    record |= {"config": config, "form": "rows without a contract"}
+    return build_plain_data(args, train, validation, f"{source.name} ({config})", source, record)
+
+
+def build_plain_data(
+    args: argparse.Namespace,
+    train: list[dict[str, Any]],
+    validation: list[dict[str, Any]],
+    origin: str,
+    source: Repo | None,
+    record: dict[str, Any],
+) -> Data:
+    """What rows without a contract.json say of themselves: their form, labels and prompt."""
+    rows = train + validation
+    asked = "prompt" in train[0]
+    if other := [row["id"] for row in rows if ("prompt" in row) != asked]:
+        fail(f"{origin} mixes rows of two forms: see {other[0]}. {DATA_FORMS}")
+    if args.task == "classify":
+        if asked and not all("text" in row and "label" in row for row in rows):
+            fail(f"--task classify needs `text` and `label` in every row of {origin}.")
+        asked = False
+    strategy: dict[str, str] | None = None
+    if asked:
+        known = args.labels or LABELS
+        answer, named = learn_answer([row["completion"][0]["content"] for row in train], known)
+        labels = labels_of_rows(args, named)
+        strategy = {
+            "name": "messages",
+            "description": "the training rows' own prompt",
+            **learn_prompt(train),
+            "answer": answer,
+        }
+        read_strategy(rows, strategy, labels, origin)
+        shape = "a system message and a user's" if strategy["system"] else "one message"
+        print(
+            f"{origin}: {len(train)} rows of a prompt ({shape}) and an answer in the form "
+            f"{answer!r}; what stands around each post is {len(strategy['user']) - 6} characters",
+            flush=True,
+        )
+    else:
+        labels = labels_of_rows(args, {str(row["label"]) for row in train})
+        if args.task == "causal":
+            strategy = {"name": "instruction"} | {
+                key: text.replace("{labels}", " or ".join(labels))
+                for key, text in INSTRUCTION.items()
+            }
+        form = "a text and a label" + ("" if args.task == "classify" else ", as instructions")
+        print(f"{origin}: {len(train)} rows of {form}", flush=True)
+        for row in rows:
+            row["label"] = str(row["label"])
+            if strategy:
+                row["prompt"] = prompt_messages(strategy, row["text"], row)
+                row["completion"] = [{"role": "assistant", "content": row["label"]}]
+    if unknown := sorted({row["label"] for row in rows} - {*labels}):
+        fail(
+            f"{origin} has unknown labels {unknown[:5]}. The labels are: {', '.join(labels)}; "
+            "--labels NAMES with --positive_label NAME says others."
+        )
+    positive = args.positive_label or POSITIVE_LABEL
+    if positive not in labels:
+        fail(f"--positive_label: which of {', '.join(labels)} is bias to be measured for?")
+    counts = ", ".join(f"{sum(row['label'] == name for row in train)} {name}" for name in labels)
+    print(f"labels: {counts} (positive: {positive})", flush=True)
+    groups = sorted({group for row in train for group in row["target_groups"]})
+    return Data(train, validation, labels, positive, groups, strategy, source, record)
+
+
+def labels_of_rows(args: argparse.Namespace, found: set[str]) -> list[str]:
+    """The labels of rows without a contract: as told, the usual ones, or those of the rows.
+
+    A name beside the usual ones may be a slip of the pen, so it never makes a label by itself.
+    """
+    if args.labels:
+        if len(set(args.labels)) < max(2, len(args.labels)):
+            fail(f"--labels {' '.join(args.labels)}: give two labels or more, each once.")
+        return args.labels
+    if found & {*LABELS} or not 2 <= len(found) <= MOST_LABELS:
+        return LABELS
+    return sorted(found)
+
+
+def common_ends(texts: list[str]) -> tuple[str, str]:
+    """What all texts begin and what they end with, cut where a word may be shared by chance."""
+    head = re.sub(r"\w+$", "", "".join(common_prefix(texts)))
+    rests = [text[len(head) :][::-1] for text in texts]
+    return head, re.sub(r"\w+$", "", "".join(common_prefix(rests)))[::-1]
+
+
+def learn_answer(answers: list[str], known: list[str]) -> tuple[str, set[str]]:
+    """The template that answers have in common, with {label}, and the labels that they name.
+
+    Either few different ones, a label each with perhaps the same words around it, or one of the
+    known labels and behind it, after the same mark, a rationale.
+    """
+    different = sorted(set(answers))
+    if len(different) <= MOST_LABELS:
+        head, tail = common_ends(different)
+        named = {answer[len(head) : len(answer) - len(tail)] for answer in different}
+        if named <= {*known}:
+            return f"{head}{{label}}{tail}", named
+    names = "|".join(map(re.escape, sorted(known, key=len, reverse=True)))
+    for head in dict.fromkeys((common_ends(different)[0], "")):
+        found = [
+            re.fullmatch(rf"{re.escape(head)}({names})(\W.*)", one, re.DOTALL) for one in different
+        ]
+        if all(found):
+            mark, end = common_ends([match[2] for match in found])
+            if mark:
+                return f"{head}{{label}}{mark}{{rationale}}{end}", {match[1] for match in found}
+    if len(different) > MOST_LABELS:
+        fail(
+            f"the answers are {len(different)} different ones, and not all begin with one of the "
+            f"labels {', '.join(known)} and a mark behind it. --labels names others. {DATA_FORMS}"
+        )
+    head, tail = common_ends(different)
+    named = {answer[len(head) : len(answer) - len(tail)] for answer in different}
+    return (f"{head}{{label}}{tail}", named) if all(named) else ("{label}", set(different))
+
+
+def learn_prompt(rows: list[dict[str, Any]]) -> dict[str, str]:
+    """The system message and the user's template that rows have in common.
+
+    What stands around each post is known where a row has its `text`, or where ten different
+    messages or more begin or end alike. Else the post is the whole message: no post may get into
+    a template, which is published with the adapter.
+    """
+    systems = {row["prompt"][0]["content"] for row in rows if len(row["prompt"]) > 1}
+    if len(systems) > 1 or (systems and any(len(row["prompt"]) == 1 for row in rows)):
+        fail(
+            f"the rows have {len(systems)} different system messages, so no evaluation could ask "
+            "as the training did. Give all rows the same one, or write it into the user's message."
+        )
+    said = [row["prompt"][-1]["content"] for row in rows]
+    ends = ("", "")
+    if all(
+        isinstance(row.get("text"), str) and row["text"] in one
+        for row, one in zip(rows, said, strict=True)
+    ):
+        around = set()
+        for row, one in zip(rows, said, strict=True):
+            head, _, tail = one.rpartition(row["text"])
+            around.add((head, tail))
+        ends = around.pop() if len(around) == 1 else ends
+    elif len(set(said)) >= 10:
+        ends = common_ends(said)
+    if any("{" in end for end in ends):
+        ends = ("", "")
+    return {"system": "".join(systems), "user": f"{ends[0]}{{text}}{ends[1]}"}
 
 
 def hold_back(
@@ -1116,23 +1362,6 @@ def held_back_ids(post_ids: list[Any], fraction: float) -> set[str]:
     if not held:
         return {by_hash[min(by_hash)]}
     return held - {by_hash[max(by_hash)]} if len(held) == len(by_hash) else held
-
-
-def local_prompt(row: dict[str, Any]) -> dict[str, str]:
-    """The strategy of a local training file: `instruction`, or what its messages have in common."""
-    if "messages" not in row:
-        return {"name": "instruction"} | {
-            key: text.replace("{labels}", " or ".join(LABELS)) for key, text in INSTRUCTION.items()
-        }
-    print("the rows bring their own prompts; an evaluation asks with each post alone", flush=True)
-    system = [message["content"] for message in row["messages"] if message["role"] == "system"]
-    return {
-        "name": "messages",
-        "description": "the training file's own messages",
-        "system": "".join(system),
-        "user": "{text}",
-        "answer": "{label}",
-    }
 
 
 def encode_rows(
@@ -1189,6 +1418,60 @@ def encode_conversations(
         labels = [-100] * len(prompt) + answer
         examples.append({"input_ids": prompt + answer, "labels": labels})
     return examples, num_cut
+
+
+def class_weights(args: argparse.Namespace, data: Data) -> dict[str, float] | None:
+    """What --class_weights makes a post of each label count in the loss; None: all count 1.
+
+    `balanced`: n / (labels x n of the label) over the training posts, so that each label weighs
+    the same altogether and the mean weight is 1. A label that a list leaves out counts 1.
+    """
+    if args.class_weights == "none":
+        return None
+    counts = {label: sum(row["label"] == label for row in data.train) for label in data.labels}
+    if args.class_weights == "balanced":
+        if absent := [label for label, count in counts.items() if not count]:
+            fail(f"--class_weights balanced: no training post is labelled {absent[0]}.")
+        total = len(data.train)
+        weights = {label: total / (len(counts) * count) for label, count in counts.items()}
+    else:
+        weights = dict.fromkeys(data.labels, 1.0)
+        for part in args.class_weights.split(","):
+            label, equals, value = part.strip().rpartition("=")
+            number = float(value) if re.fullmatch(r"\d+(\.\d*)?|\.\d+", value) else 0.0
+            if not equals or label not in weights or number <= 0:
+                fail(
+                    f"--class_weights {args.class_weights}: {part.strip()!r} is no LABEL=W with a "
+                    f"positive W. The labels are: {', '.join(data.labels)}."
+                )
+            weights[label] = number
+    shown = ", ".join(
+        f"{label} {weight:.4g} ({counts[label]} posts)" for label, weight in weights.items()
+    )
+    print(f"class weights: {shown}", flush=True)
+    return weights
+
+
+def weigh_labels(model: Any, weights: list[float]) -> None:
+    """Have a classifier's loss be the cross-entropy weighted by label, over the number of posts.
+
+    Not over the sum of their weights: a post would then count by its neighbours in the batch.
+    """
+    import torch
+
+    forward = model.forward
+
+    @functools.wraps(forward)
+    def weighted(*values: Any, labels: Any = None, **options: Any) -> Any:
+        outputs = forward(*values, **options)
+        if labels is not None:
+            logits = outputs["logits"].float()
+            weight = torch.tensor(weights, device=logits.device)
+            total = torch.nn.functional.cross_entropy(logits, labels, weight, reduction="sum")
+            outputs["loss"] = total / len(labels)
+        return outputs
+
+    model.forward = weighted
 
 
 # --- model -----------------------------------------------------------------------------------
@@ -1322,19 +1605,45 @@ def build_quantization(args: argparse.Namespace, base: Repo, config: Any, precis
 
     if not args.load_in_4bit:
         return None
-    if stored := (getattr(config, "quantization_config", None) or {}).get("quant_method"):
+    stored = (getattr(config, "quantization_config", None) or {}).get("quant_method")
+    if stored == "mxfp4":
+        fail(
+            f"--load_in_4bit cannot quantise {base.name}: it is stored as mxfp4, and its experts, "
+            "which are nearly all of it, are no linear layers, so bitsandbytes would leave them in "
+            f"{precision}. Leave the flag out: the base is then dequantised."
+        )
+    if stored not in (None, "fp8"):
         fail(
             f"--load_in_4bit cannot quantise {base.name}: it is stored as {stored}. Leave the "
             "flag out, or give a copy of the model in bfloat16."
+        )
+    share = share_of_experts(config)
+    if share:
+        print(
+            f"--load_in_4bit does not touch the experts of {base.name}, {100 * share:.0f} % of its "
+            f"weights: they are no linear layers, and stay in {precision}",
+            flush=True,
         )
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type=args.bnb_4bit_quant_type,
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=getattr(torch, precision),
-        # A new head is trained whole, so it cannot be quantised.
-        llm_int8_skip_modules=["classifier", "score", "lm_head"],
+        llm_int8_skip_modules=WHOLE_MODULES,
     )
+
+
+def share_of_experts(config: Any) -> float:
+    """The share of a model's weights that experts hold as one tensor, not as linear layers."""
+    import torch
+    from transformers import AutoModel
+
+    with torch.device("meta"):
+        sizes = [
+            (weight.dim() == 3 and ".experts." in name, weight.numel())
+            for name, weight in AutoModel.from_config(config).named_parameters()
+        ]
+    return sum(size for stacked, size in sizes if stacked) / sum(size for _, size in sizes)
 
 
 def build_model(
@@ -1370,6 +1679,20 @@ def choose_precision(args: argparse.Namespace, device: str, earlier: dict[str, A
     return "bfloat16" if native else "float32"
 
 
+def choose_optimizer(
+    args: argparse.Namespace, device: str, earlier: dict[str, Any] | None
+) -> str | None:
+    """The optimizer of a run that names none: paged 8-bit AdamW for four bits on a GPU.
+
+    None leaves it to the library. A resumed run keeps what it began with, on any machine.
+    """
+    if "optim" in args.trainer_fields:
+        return None
+    if earlier:
+        return earlier["training"].get("optimizer")
+    return "paged_adamw_8bit" if args.load_in_4bit and device == "cuda" else None
+
+
 def fetch_base(base: Repo) -> None:
     """Bring the base's weights here, as safetensors only; loading finds them in the cache."""
     if base.folder is None:
@@ -1377,10 +1700,15 @@ def fetch_base(base: Repo) -> None:
 
 
 def lora_config(args: argparse.Namespace, model: Any, base: Repo) -> Any:
-    """LoRA on the named modules; a model without any of them gets every linear layer."""
+    """LoRA on the named modules; a model without any of them gets every linear layer.
+
+    Of a vision-language model only the language model's: no post passes through the rest.
+    """
     import peft
 
-    leaves = {name.rpartition(".")[2] for name, _ in model.named_modules()}
+    tower = language_tower(model)
+    names = [name for name, _ in model.named_modules() if name.startswith(tower)]
+    leaves = {name.rpartition(".")[2] for name in names}
     targets: Any = args.lora_target_modules
     if targets != ["all-linear"] and not set(targets) & leaves:
         if targets != LORA_TARGETS:
@@ -1390,14 +1718,58 @@ def lora_config(args: argparse.Namespace, model: Any, base: Repo) -> Any:
             )
         print(f"the model has no modules {', '.join(targets)}: LoRA on all-linear", flush=True)
         targets = ["all-linear"]
+    if tower:
+        targets = tower_pattern(model, tower, targets)
+        print(f"LoRA on the language model only: {targets}", flush=True)
+    elif targets == ["all-linear"]:
+        targets = "all-linear"
     return peft.LoraConfig(
         task_type="SEQ_CLS" if args.task == "classify" else "CAUSAL_LM",
         r=args.lora_r,
         lora_alpha=args.lora_alpha,
         lora_dropout=args.lora_dropout,
-        target_modules="all-linear" if targets == ["all-linear"] else targets,
+        target_modules=targets,
+        target_parameters=find_parameters(args, model),
         revision=base.revision,
     )
+
+
+def language_tower(model: Any) -> str:
+    """The prefix of the language model's modules in a model of several parts; "" in any other."""
+    if model.config.get_text_config() is model.config:
+        return ""
+    decoder = model.get_decoder()
+    return next(f"{name}." for name, module in model.named_modules() if module is decoder)
+
+
+def tower_pattern(model: Any, tower: str, targets: list[str]) -> str:
+    """The pattern by which PEFT finds the targets below `tower`, and nowhere else."""
+    import torch
+
+    if targets == ["all-linear"]:
+        targets = sorted(
+            {
+                name.rpartition(".")[2]
+                for name, module in model.named_modules()
+                if name.startswith(tower) and isinstance(module, torch.nn.Linear)
+            }
+        )
+    return rf"{re.escape(tower)}(.*\.)?({'|'.join(map(re.escape, targets))})"
+
+
+def find_parameters(args: argparse.Namespace, model: Any) -> list[str] | None:
+    """The parameters that --lora_target_parameters names, each of which the model must have."""
+    if not args.lora_target_parameters:
+        return None
+    there = [name for name, weight in model.named_parameters() if weight.dim() == 3]
+    for target in args.lora_target_parameters:
+        if not any(name == target or name.endswith(f".{target}") for name in there):
+            ends = sorted({".".join(name.split(".")[-3:]) for name in there})
+            fail(
+                f"--lora_target_parameters {target}: the model has no such tensor of experts. It "
+                f"has: {', '.join(ends) or 'none; its layers are --lora_target_modules'}."
+            )
+    return args.lora_target_parameters
 
 
 # --- stops, time and money -------------------------------------------------------------------
@@ -2151,6 +2523,7 @@ def build_trainer(
     base: Repo,
     tokenizer: Any,
     rows: tuple[list[dict[str, Any]], list[dict[str, Any]]],
+    weights: dict[str, float] | None = None,
 ) -> Any:
     """TRL's SFTTrainer on token ids, or transformers' Trainer for a classifier, both with LoRA."""
     import transformers
@@ -2162,7 +2535,9 @@ def build_trainer(
     if args.task == "classify":
         import peft
 
-        model.config.pad_token_id = tokenizer.pad_token_id
+        model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
+        if weights:
+            weigh_labels(model, [*weights.values()])
         if args.load_in_4bit:
             model = peft.prepare_model_for_kbit_training(model)
         collator = transformers.DataCollatorWithPadding(tokenizer)
@@ -3797,6 +4172,18 @@ def read_rows(repo: Repo, config: str, split: str) -> list[dict[str, Any]]:
 
     A row of an SFT config also has `prompt` and `completion`, both lists of messages.
     """
+    rows, columns = load_split(repo, config, split)
+    missing = {"id", "text", "label", "target_groups"} - set(columns)
+    if missing:
+        fail(
+            f"{repo.name} ({config}/{split}) lacks the columns {', '.join(sorted(missing))}. "
+            f"It has: {', '.join(columns)}."
+        )
+    return rows
+
+
+def load_split(repo: Repo, config: str, split: str) -> tuple[list[dict[str, Any]], list[str]]:
+    """All rows of a dataset repo's split, a label by its name, and the names of the columns."""
     from datasets import ClassLabel, get_dataset_config_names, get_dataset_split_names, load_dataset
     from datasets.exceptions import DatasetGenerationError
 
@@ -3823,25 +4210,50 @@ def read_rows(repo: Repo, config: str, split: str) -> list[dict[str, Any]]:
                 fail(f"{repo.name} ({config}/{split}) is empty.")
             raise
         table, features = data[:], data.features
-    missing = {"id", "text", "label", "target_groups"} - set(table.column_names)
-    if missing:
-        fail(
-            f"{repo.name} ({config}/{split}) lacks the columns {', '.join(sorted(missing))}. "
-            f"It has: {', '.join(table.column_names)}."
-        )
     if not len(table):
         fail(f"{repo.name} ({config}/{split}) is empty.")
     rows = table.to_pylist()
-    if isinstance(features["label"], ClassLabel):
+    if isinstance(features.get("label"), ClassLabel):
         for row in rows:
             row["label"] = features["label"].int2str(row["label"])
-    return rows
+    return rows, table.column_names
+
+
+def read_plain_rows(
+    repo: Repo, config: str | None, split: str, labels: list[str]
+) -> tuple[list[dict[str, Any]], str]:
+    """Rows of a dataset repo that has no contract.json, as read_jsonl's, and their config."""
+    from datasets import get_dataset_config_names
+
+    place = str(repo.folder) if repo.folder else repo.name
+    with hub_errors(f"list the configs of {repo.name}"):
+        try:
+            configs = get_dataset_config_names(place, revision=repo.revision)
+        except FileNotFoundError:
+            fail(f"{repo.name} holds no {CONTRACT} and no data that can be read. {DATA_FORMS}")
+    if config is None and len(configs) > 1 and "default" not in configs:
+        fail(f"{repo.name} has several configs: {', '.join(configs)}. Say --dataset_config.")
+    config = config or ("default" if "default" in configs else configs[0])
+    rows, _ = load_split(repo, config, split)
+    for number, row in enumerate(rows, start=1):
+        # A column that is empty in a row is null there.
+        row = {key: value for key, value in row.items() if value is not None}
+        rows[number - 1] = unify_row(
+            row, labels, f"{split}-{number}", f"{repo.name} ({config}/{split}) row {number}"
+        )
+    return rows, config
+
+
+def has_contract(repo: Repo) -> bool:
+    """Whether a repo was written by a stage of this project."""
+    return (repo.fetch(CONTRACT) / CONTRACT).is_file()
 
 
 def read_jsonl(path: str, labels: list[str]) -> list[dict[str, Any]]:
     """Read a local JSONL file of posts (`text`, `label`, optional `id`, `target_groups`).
 
-    A label is a name of `labels` or its index. Rows with `messages` are returned as they stand.
+    A label is a name of `labels` or its index. Rows of the other forms get `prompt` and
+    `completion` as lists of messages, and text and label only where they have them.
     """
     file = Path(path).expanduser()
     if not file.is_file():
@@ -3858,44 +4270,109 @@ def read_jsonl(path: str, labels: list[str]) -> list[dict[str, Any]]:
         try:
             row = json.loads(line)
         except ValueError as error:
-            fail(
-                f"{path} line {number} is not JSON: {error}. Each line is to be an object with "
-                "`text` and `label`, or with `messages`."
-            )
-        check_line(row, f"{path} line {number}")
-        if "messages" not in row:
-            names = {str(index): name for index, name in enumerate(labels)}
-            row["label"] = names.get(str(row["label"]), row["label"])
-        groups = row.get("target_groups") or []
-        row["target_groups"] = [groups] if isinstance(groups, str) else groups
-        row.setdefault("id", f"{file.stem}-{number}")
-        rows.append(row)
+            fail(f"{path} line {number} is not JSON: {error}. {DATA_FORMS}")
+        rows.append(unify_row(row, labels, f"{file.stem}-{number}", f"{path} line {number}"))
     if not rows:
         fail(f"{path} is empty.")
     return rows
 
 
+def unify_row(row: Any, labels: list[str], name: str, origin: str) -> dict[str, Any]:
+    """A row of any form: prompt and completion as messages, label by name, groups as a list.
+
+    `name` is the id of a row without one. A completion that is text is the assistant's answer,
+    a prompt that is text the user's message.
+    """
+    check_line(row, origin)
+    if "messages" in row:
+        *row["prompt"], answer = row.pop("messages")
+        row["completion"] = [answer]
+    for key, role in (("prompt", "user"), ("completion", "assistant")):
+        if isinstance(row.get(key), str):
+            row[key] = [{"role": role, "content": row[key]}]
+    if "completion" in row:
+        row["completion"] = [
+            message | {"content": message["content"].strip()} for message in row["completion"]
+        ]
+    if "label" in row:
+        names = {str(index): label for index, label in enumerate(labels)}
+        row["label"] = names.get(str(row["label"]), row["label"])
+    groups = row.get("target_groups") or []
+    row["target_groups"] = [groups] if isinstance(groups, str) else groups
+    row.setdefault("id", name)
+    return row
+
+
 def check_line(row: Any, origin: str) -> None:
-    """End on a row of a JSONL file that has neither a post with a label nor messages."""
-    if not isinstance(row, dict) or not ("messages" in row or {"text", "label"} <= set(row)):
-        fail(f"{origin} needs `text` and `label`, or `messages`.")
-    messages = row.get("messages", [{"role": "user", "content": row.get("text")}])
-    valid = isinstance(messages, list) and all(
-        isinstance(message, dict)
-        and isinstance(message.get("role"), str)
-        and isinstance(message.get("content"), str)
-        for message in messages
-    )
-    if not valid:
+    """End on a row of no form: neither a post with its label nor a prompt with its answer."""
+    columns = set(row) if isinstance(row, dict) else set()
+    asked = "messages" in columns or {"prompt", "completion"} <= columns
+    if not asked and not {"text", "label"} <= columns:
+        found = f"it has {', '.join(sorted(columns))}" if columns else "it is no object"
+        fail(
+            f"{origin} needs `text` and `label`, or a prompt with its answer; {found}. {DATA_FORMS}"
+        )
+    turns = [row[key] for key in ("messages", "prompt", "completion") if key in row]
+    if not asked:
+        turns = [row["text"]]
+    texts = [turn for turn in turns if not isinstance(turn, list)]
+    for message in (message for turn in turns if isinstance(turn, list) for message in turn):
+        known = message if isinstance(message, dict) else {}
+        texts += [known.get("role"), known.get("content")]
+    texts += [row["text"]] if "text" in row else []
+    if not all(isinstance(text, str) for text in texts) or isinstance(row.get("messages"), str):
         fail(f"{origin}: a `text`, and each message's `role` and `content`, must be a string.")
-    if "messages" in row and [message["role"] for message in messages][-2:] != [
-        "user",
-        "assistant",
-    ]:
-        fail(f"{origin}: `messages` must end with one of the user and the assistant's answer.")
+    if asked:
+        said = row.get("messages") or [*as_turns(row, "prompt"), *as_turns(row, "completion")]
+        roles = [message["role"] for message in said]
+        if roles not in (["user", "assistant"], ["system", "user", "assistant"]):
+            fail(
+                f"{origin}: a conversation must end with one message of the user and the "
+                "assistant's answer, with nothing before them but perhaps a system message; its "
+                f"roles are {roles}. {DATA_FORMS}"
+            )
     groups = row.get("target_groups") or []
     if not isinstance(groups, (str, list)) or not all(isinstance(group, str) for group in groups):
         fail(f"{origin}: `target_groups` must be a list of names.")
+
+
+def as_turns(row: dict[str, Any], key: str) -> list[dict[str, str]]:
+    """A row's prompt or completion as messages."""
+    role = "user" if key == "prompt" else "assistant"
+    value = row.get(key) or []
+    return [{"role": role, "content": value}] if isinstance(value, str) else value
+
+
+def read_strategy(
+    rows: list[dict[str, Any]], strategy: dict[str, str] | None, labels: list[str], origin: str
+) -> None:
+    """Give rows with prompts of their own the `text` and `label` that their prompt speaks of.
+
+    The text is what stands in the place of {text}, or the whole message where the user's does not
+    read like the strategy; the label is the one that the answer names.
+    """
+    template = strategy["user"] if strategy else "{text}"
+    head, _, tail = template.partition("{text}")
+    unread = []
+    for row in rows:
+        if "prompt" not in row:
+            continue
+        said = row["prompt"][-1]["content"]
+        framed = (
+            len(said) >= len(head) + len(tail) and said.startswith(head) and said.endswith(tail)
+        )
+        if not isinstance(row.get("text"), str) or row["text"] not in said:
+            row["text"] = said[len(head) : len(said) - len(tail)] if framed else said
+        if "label" not in row:
+            answer = strategy["answer"] if strategy else "{label}"
+            row["label"] = parse_answer(answer, row["completion"][0]["content"].strip(), labels)
+            if row["label"] is None:
+                unread.append(row)
+    if unread:
+        fail(
+            f"{origin}: the answers of {len(unread)} rows, such as the one with the id "
+            f"{unread[0]['id']}, name no label. The labels are: {', '.join(labels)}."
+        )
 
 
 def check_labels(rows: list[dict[str, Any]], labels: list[str], origin: str) -> None:
@@ -4091,6 +4568,32 @@ def common_prefix(rows: list[list[int]]) -> list[int]:
     return shared
 
 
+def is_json(text: str) -> bool:
+    try:
+        json.loads(text)
+    except ValueError:
+        return False
+    return True
+
+
+def parse_answer(template: str, answer: str, labels: list[str]) -> str | None:
+    """The label of an answer in the form of its template, else None."""
+    if is_json(template):
+        try:
+            parsed = json.loads(answer)
+        except ValueError:
+            return None
+        keys = [key for key, value in json.loads(template).items() if value == "{label}"]
+        label = parsed.get(keys[0]) if isinstance(parsed, dict) and keys else None
+        return label if label in labels else None
+    pattern = re.escape(template)
+    names = "|".join(map(re.escape, sorted(labels, key=len, reverse=True)))
+    pattern = pattern.replace(re.escape("{label}"), f"({names})")
+    pattern = pattern.replace(re.escape("{rationale}"), ".*")
+    match = re.fullmatch(pattern, answer, re.DOTALL)
+    return match[1] if match else None
+
+
 def probe_ids(
     tokenizer: Any, scaffold: Scaffold | None, prompt: dict[str, str] | None
 ) -> list[int]:
@@ -4184,11 +4687,17 @@ def load_base(
     """Load the base model for `causal` or `classify` (a new head with one output per label).
 
     MXFP4 (gpt-oss) and FP8 (Ministral) checkpoints are dequantised, because neither can be
-    trained or merged as stored.
+    trained or merged as stored. Four bits of an FP8 checkpoint come from a copy in bfloat16.
     """
     import transformers
 
     stored = (getattr(config, "quantization_config", None) or {}).get("quant_method")
+    if quantization is not None and stored == "fp8":
+        with TemporaryDirectory(prefix="bfloat16-") as scratch:
+            copy = write_whole_copy(base, config, task, labels, Path(scratch))
+            whole = read_base_config(copy)
+            return load_base(copy, whole, task, labels, dtype, device, quantization)
+    dequantised = quantization is None and stored in ("mxfp4", "fp8")
     if quantization is None and stored == "mxfp4":
         quantization = transformers.Mxfp4Config(dequantize=True)
     if quantization is None and stored == "fp8":
@@ -4221,7 +4730,9 @@ def load_base(
         try:
             model, report = kind.from_pretrained(place, output_loading_info=True, **options)
         except (SafetensorError, ValueError) as error:
-            fail(f"{base.name} cannot be loaded for the task {task}: {error}")
+            # The library's list of all classes that it could load instead has 10,000 characters.
+            reason = str(error).partition("Model type should be one of")[0]
+            fail(f"{base.name} cannot be loaded for the task {task}: {reason}")
     transformers.logging.set_verbosity_warning()
     body = f"{model.base_model_prefix}."
     lost = [
@@ -4231,7 +4742,18 @@ def load_base(
     ]
     if lost:
         fail(f"{base.name} lacks {len(lost)} of its weights, for example {sorted(lost)[0]}.")
-    return model
+    # What the checkpoint does not hold quantised keeps its own dtype otherwise.
+    return model.to(dtype) if dequantised else model
+
+
+def write_whole_copy(base: Repo, config: Any, task: str, labels: list[str], folder: Path) -> Repo:
+    """Save a quantised base dequantised to bfloat16, two bytes a weight; four bits start there."""
+    import torch
+
+    print(f"{base.name} is stored quantised: four bits are made from a bfloat16 copy", flush=True)
+    model = load_base(base, config, task, labels, torch.bfloat16, "cpu")
+    model.save_pretrained(folder, save_original_format=False)
+    return Repo(base.name, "model", None, folder)
 
 
 if __name__ == "__main__":
