@@ -2113,7 +2113,7 @@ def visible(text: str, most: int = 60) -> str:
 
 def markdown_cell(text: str) -> str:
     """Text as it stands in a Markdown table: no markup, no link, no image, no tag."""
-    text = re.sub(r"([\\|`\[\]!*~])", r"\\\1", visible(text, 5000))
+    text = re.sub(r"([\\|`\[\]!*~$])", r"\\\1", visible(text, 5000))
     for sign, entity in (("<", "&lt;"), (">", "&gt;"), ("://", "&#58;//"), ("www.", "www&#46;")):
         text = text.replace(sign, entity)
     return text

@@ -5786,7 +5786,7 @@ def visible(text: str, most: int = 60) -> str:
 
 def markdown_cell(text: str) -> str:
     """Text as it stands in a Markdown table: no markup, no link, no image, no tag."""
-    text = re.sub(r"([\\|`\[\]!*~])", r"\\\1", visible(text, 5000))
+    text = re.sub(r"([\\|`\[\]!*~$])", r"\\\1", visible(text, 5000))
     for sign, entity in (("<", "&lt;"), (">", "&gt;"), ("://", "&#58;//"), ("www.", "www&#46;")):
         text = text.replace(sign, entity)
     return text
@@ -6291,7 +6291,9 @@ def draw(plots: list[tuple[str, str, Any, tuple[float, float]]]) -> list[dict[st
     style |= {"xtick.color": "#57606a", "ytick.color": "#57606a", "axes.spines.top": "False"}
     style |= {"axes.spines.right": "False", "grid.color": "#d5dae0", "legend.frameon": "False"}
     style |= {"font.family": "sans-serif", "axes.axisbelow": "True", "text.parse_math": "False"}
-    with matplotlib.rc_context(style):
+    with matplotlib.rc_context(style), warnings.catch_warnings():
+        # The reader's fonts show the text, not those that matplotlib measures it with.
+        warnings.filterwarnings("ignore", message="Glyph")
         for number_, (title, words, paint, size) in enumerate(plots):
             figure = Figure(figsize=size, layout="constrained")
             paint(figure.subplots())
@@ -7427,7 +7429,7 @@ tr.first td, tr.first th { border-top: 2px solid var(--line); }
   grid-template-columns: repeat(auto-fit, minmax(min(26rem, 100%), 1fr)); }
 figure { margin: 0; overflow-x: auto; }
 figure.wide { grid-column: 1 / -1; }
-svg { display: block; width: 100%; min-width: 20rem; max-width: 46rem; height: auto; }
+svg { display: block; width: 100%; min-width: 17rem; max-width: 46rem; height: auto; }
 .wide svg { min-width: 40rem; max-width: 56rem; }
 svg text { font-family: system-ui, "Segoe UI", Roboto, sans-serif; }
 details { margin: .25rem 0; font-weight: 400; }
@@ -7436,9 +7438,11 @@ details { margin: .25rem 0; font-weight: 400; }
 summary { cursor: pointer; }
 details p { margin: .4rem 0 .4rem 1rem; overflow-wrap: anywhere; white-space: pre-wrap; }
 li { max-width: 46rem; margin: .35rem 0; }
-@media print { main { padding: 0; max-width: none; } .plots, tr { break-inside: avoid; }
+@page { size: landscape; margin: 1cm; }
+@media print { main { padding: 0; max-width: none; } figure, tr { break-inside: avoid; }
   .scroll, figure { overflow: visible; } table { font-size: .72rem; }
-  .figures td, .figures th { white-space: normal; } }
+  .figures td, .figures th, .figures .undefined { white-space: normal; min-width: 0;
+    overflow-wrap: anywhere; padding-right: .4rem; } }
 @media (max-width: 34rem) { h1 { font-size: 1.35rem; } main { padding: 1.5rem 1rem 3rem; } }
 </style>
 </head>
@@ -7494,7 +7498,7 @@ gap is more than chance, too. The gap's interval begins at 0 where chance explai
 <h2>Plots</h2>
 <div class="plots">
 {% for plot in plots %}
-<figure{% if plot.wide %} class="wide" tabindex="0"{% endif %}>
+<figure{% if plot.wide %} class="wide" tabindex="0" aria-label="{{ plot.title }}"{% endif %}>
 <h3>{{ plot.title }}</h3><p class="soft">{{ plot.words }}</p>
 {{ plot.svg | safe }}
 </figure>
