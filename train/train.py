@@ -56,6 +56,7 @@ import json
 import logging
 import math
 import os
+import random
 import re
 import shlex
 import shutil
@@ -97,7 +98,7 @@ PROBE_TOLERANCE = 1e-3
 # What a run writes into its folder, beside files that may be the user's.
 RUN_FILES = (
     *("checkpoint-*", "adapter_*", "tokenizer*", "special_tokens_map.json", "chat_template.jinja"),
-    *("README.md", CONTRACT, RUN_LOG, RESUMED, "runs"),
+    *("README.md", CONTRACT, RUN_LOG, RESUMED, "runs", "*_results.json"),
 )
 # What a run shows its tokenizer and template to prove that they are those of another run.
 PROBE_POST = "My neighbours moved in last week, said <|endoftext|> nobody. 42 % é \u4f60\u597d"
@@ -172,6 +173,7 @@ DECIDED_HERE = {
     "overwrite_output_dir": "a finished or half-finished run is never overwritten",
     "logging_dir": "logs lie below --output_dir",
     "remove_unused_columns": "the data is already tokenised",
+    "logging_nan_inf_filter": "a loss that is not finite stops the run",
 }
 # What a resumed run does with arguments that differ from those it began with, by their names in
 # contract.json. A trainer field that is not named here must be equal too: otherwise the result
@@ -187,6 +189,7 @@ RESUME_RULES = {
             *("gradient_accumulation_steps", "world_size", "warmup_steps", "weight_decay"),
             *("max_grad_norm", "lr_scheduler_type", "seed", "early_stopping_patience"),
             *("early_stopping_threshold", "calibration_fraction", "save_steps"),
+            *("metric_for_best_model", "reweight", "sampler"),
             *("attn_implementation", "auto_batch", "share_prompt"),
             *("lora_target_parameters", "class_weights", "labels", "positive_label"),
         ),
@@ -205,7 +208,7 @@ RESUME_RULES = {
             *("reclaim_storage", "squash_history", "config_file", "preset", "allow_public"),
             *("allow_cpu", "dataloader_num_workers", "dataloader_pin_memory"),
             *("dataloader_prefetch_factor", "dataloader_persistent_workers", "log_level"),
-            *("disable_tqdm", "logging_first_step"),
+            *("disable_tqdm", "logging_first_step", "sample_steps", "log_text"),
         ),
         NEW,
     ),
@@ -285,6 +288,23 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     flag("--early_stopping_patience", type=int, default=2, help="0: off, the last weights stay")
     flag("--early_stopping_threshold", type=float, default=0.01)
     flag(
+        *("--metric_for_best_model",),
+        default="eval_loss",
+        help=f"chooses the weights and stops early: {', '.join(SELECTABLE)}",
+    )
+    flag(
+        *("--reweight",),
+        choices=["none", "group_label"],
+        default="none",
+        help="loss weight of a post: inverse to the number of those of its groups and label",
+    )
+    flag(
+        *("--sampler",),
+        choices=["shuffle", "group_balanced"],
+        default="shuffle",
+        help="group_balanced: each epoch draws all combinations of groups and label equally often",
+    )
+    flag(
         *("--calibration_fraction",),
         type=float,
         default=0.5,
@@ -324,6 +344,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     flag("--reclaim_storage", **switch, help="at the end delete removed checkpoints for good")
     flag("--squash_history", **switch, help="make the checkpoints' history one commit at the end")
     flag("--logging_steps", type=int, default=10)
+    flag("--sample_steps", type=int, default=100, help="between sample answers; 0: none")
+    flag("--log_text", **switch, help="samples are validation posts; the log is then pushed too")
     flag("--report_to", nargs="+", default=["wandb"], help="wandb (offline without its key), none")
     flag("--config_file", help="JSON or YAML file of these flags")
     flag("--preset", default="default", help=", ".join(PRESETS))
@@ -422,6 +444,7 @@ def train(argv: list[str] | None, stop: Stop) -> None:
         return
     data = read_data(args, earlier)
     calibration = hold_back(args, data, earlier)
+    check_validation(args, data)
     base = open_base(args, earlier)
     config = read_base_config(base)
     device = check_device(count_parameters(config), args.allow_cpu, training_job(argv))
@@ -431,6 +454,7 @@ def train(argv: list[str] | None, stop: Stop) -> None:
     contract["training"] |= calibration | {
         "optimizer": choose_optimizer(args, device, earlier),
         "class_weights": class_weights(args, data),
+        "cells": record_cells(args, data),
     }
     contract = broadcast(contract)
     rows = encode_rows(args, data, tokenizer, contract)
@@ -451,9 +475,12 @@ def train(argv: list[str] | None, stop: Stop) -> None:
     trainer = build_trainer(args, settings, model, base, tokenizer, rows, weights)
     warn_of_warmup(settings, len(rows[0]))
     choose_speed(args, trainer, contract, checkpoint is not None)
+    balance_rows(args, trainer, data.train)
     run = Run(args, store, contract, stop, phases, job, checkpoint)
+    run.watch = build_watch(args, trainer, tokenizer, data, contract, run.announce)
+    run.meter = Meter(trainer, config, precision, job, contract["training"]["relay"]["spent_usd"])
     run.follow(trainer)
-    open_loggers(args, trainer, contract, checkpoint)
+    run.watch.reached = open_loggers(args, trainer, contract, checkpoint)
     phases.enter("train")
     run.train(trainer)
     if RANK == 0:
@@ -491,6 +518,10 @@ def check_training_arguments(args: argparse.Namespace) -> None:
     if args.max_steps == 0 or args.num_train_epochs <= 0:
         fail("there is nothing to train: --max_steps is 0 or --num_train_epochs is not positive.")
     check_model_arguments(args)
+    check_selection(args)
+    check_balance(args)
+    if args.sample_steps < 0:
+        fail(f"--sample_steps {args.sample_steps} is negative; 0 shows no samples.")
     local = args.output_dir and not args.hub_model_id
     if not 0 <= args.calibration_fraction < 1:
         fail(f"--calibration_fraction {args.calibration_fraction} is not from 0 to below 1.")
@@ -1322,8 +1353,7 @@ def hold_back(
 
     Only where the loss on validation posts chooses the weights: else all of them are free.
     """
-    stops = args.trainer_fields.get("load_best_model_at_end", args.early_stopping_patience > 0)
-    if not (stops and data.validation):
+    if not (chooses_weights(args) and data.validation):
         return {"early_stopping": False, "calibration_fraction": 0.0}
     if earlier and "calibration_fraction" not in earlier["arguments"]:
         # It began without the flag and has seen all posts. It goes on so, and without the flag,
@@ -1342,6 +1372,11 @@ def hold_back(
         )
     data.validation = kept
     return {"early_stopping": True, "calibration_fraction": fraction}
+
+
+def chooses_weights(args: argparse.Namespace) -> bool:
+    """Whether the evaluations choose the weights that a run ends with."""
+    return args.trainer_fields.get("load_best_model_at_end", args.early_stopping_patience > 0)
 
 
 def is_held_back(post_id: Any, fraction: float) -> bool:
@@ -2020,6 +2055,11 @@ class Run:
     mark: float = 0.0  # when the step, its log or its evaluation ended
     saved: float = field(default_factory=time.monotonic)
     began: tuple[int, float] = (0, 0.0)  # step and time of the first step of this start
+    watch: Watch | None = None
+    meter: Meter | None = None
+    trainer: Any = None
+    grad_norm: Any = None  # of the newest step, before clipping
+    sample_s: float = 0.0
 
     def follow(self, trainer: Any) -> None:
         """Have the trainer call this run: at each step's end, log, evaluation and save."""
@@ -2030,6 +2070,15 @@ class Run:
         settings = trainer.args
         strategies = (settings.eval_strategy, settings.save_strategy, settings.logging_strategy)
         self.epoch_ends_with_work = "epoch" in strategies
+        self.trainer = trainer
+        self.watch.follow_evaluation(self.diverge)
+        norm = trainer._get_grad_norm
+
+        def kept_norm(*values: Any, **options: Any) -> Any:
+            run.grad_norm = norm(*values, **options)
+            return run.grad_norm
+
+        trainer._get_grad_norm = kept_norm
 
         class Keeper(TrainerCallback):
             def on_train_begin(self, args: Any, state: Any, *_: Any, **__: Any) -> None:
@@ -2039,6 +2088,7 @@ class Run:
                     state.compute_steps(args, state.max_steps)
                 run.began = state.global_step, time.monotonic()
                 run.saved = run.mark = time.monotonic()
+                run.meter.began(state.global_step)
 
             def on_epoch_begin(
                 self, args: Any, state: Any, control: Any, train_dataloader: Any, **_: Any
@@ -2047,6 +2097,7 @@ class Run:
 
             def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
                 run.end_step(state, control)
+                run.sample(state)
 
             def on_epoch_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
                 # Trainer ends the epoch of a paused run too, in its middle.
@@ -2055,6 +2106,7 @@ class Run:
 
             def on_evaluate(self, *_: Any, **__: Any) -> None:
                 run.evaluation_s = time.monotonic() - run.mark
+                run.meter.aside += run.evaluation_s
                 run.mark = time.monotonic()
 
             def on_log(self, args: Any, state: Any, control: Any, logs: Any, **_: Any) -> None:
@@ -2115,6 +2167,7 @@ class Run:
         self.step_s, self.mark = time.monotonic() - self.mark, time.monotonic()
         if self.uploader.error:  # Another start has taken over: no further step is paid for.
             self.uploader.settle(0.0, 0.0)
+        self.check_finite()
         if state.epoch == int(state.epoch) and self.epoch_ends_with_work:
             # Trainer has yet to evaluate and save this step; the next one can be stopped after.
             return
@@ -2126,6 +2179,59 @@ class Run:
         if stop and not control.should_training_stop:
             self.stop.reason = self.stop.reason or "another process"
             self.paused = control.should_save = control.should_training_stop = True
+
+    def check_finite(self) -> None:
+        """End before a save where the loss or its gradient is no number; weights would be next."""
+        import torch
+
+        loss, norm = self.trainer._tr_loss, self.grad_norm
+        finite = torch.isfinite(loss)
+        # Half precision finds its scale by steps whose gradient overflows, and skips them.
+        if norm is not None and self.trainer.accelerator.scaler is None:
+            finite = finite & torch.isfinite(torch.as_tensor(norm, device=loss.device)).all()
+        (bad,) = any_rank(not finite.item())
+        if bad:
+            value = norm.item() if hasattr(norm, "item") else norm
+            self.diverge(f"the loss or its gradient (norm {value})")
+
+    def diverge(self, what: str) -> NoReturn:
+        """End where training has broken; what was saved before stays, here and on the Hub."""
+        step = self.trainer.state.global_step
+        if RANK:
+            # torchrun ends all processes at the first one's exit, so this one waits for the push.
+            broadcast(None)
+            raise SystemExit(1)
+        self.uploader.settle(self.args.hub_patience, 5.0)
+        saved = sorted(
+            self.store.local_steps() | {checkpoint_step(p) for p in self.store.tree} - {None}
+        )
+        saved = [one for one in saved if one < step or self.is_saved(one)]
+        goes_on = f"goes on from checkpoint-{saved[-1]}" if saved else "begins again"
+        self.announce(f"step {step}: {what} is {NOT_FINITE}; nothing of this step is saved")
+        broadcast(None)
+        fail(
+            f"{what} is {NOT_FINITE} at step {step} of {self.trainer.state.max_steps}. Nothing of "
+            f"this step is saved; the same command {goes_on} in {self.store.name}. If it stops here "
+            "again, start another run (--run_name or --output_dir) with a lower --learning_rate, "
+            "a longer --warmup_steps or --dtype float32.",
+            code=1,
+        )
+
+    def sample(self, state: Any) -> None:
+        """Show sample answers where they are due; the time counts as none of training."""
+        every = self.args.sample_steps
+        if not every or state.global_step % every or self.paused:
+            return
+        self.watch.sample(state.global_step)
+        self.sample_s = time.monotonic() - self.mark
+        self.meter.aside += self.sample_s
+        self.phases.move("samples", self.sample_s)
+        self.mark = time.monotonic()
+
+    def announce(self, line: str) -> None:
+        """A line of the run, said once and kept in its log."""
+        if RANK == 0:
+            self.store.say(line)
 
     def deadline(self) -> float:
         """The moment (seconds since the epoch) at which this process must have ended."""
@@ -2152,23 +2258,30 @@ class Run:
         if not measured:
             return deadline - min(60.0, 0.1 * window)
         needed = 2 * (self.save_s + self.uploader.seconds) + self.evaluation_s + self.step_s
+        needed += self.sample_s
         return deadline - needed - min(15.0, 0.1 * window)
 
     def report(self, state: Any, logs: dict[str, Any]) -> None:
         """One line of progress, which also says where the newest checkpoint is."""
         if "train_runtime" in logs:  # The trainer's own summary of this start.
             return
+        figures = set(logged_figures(self.watch.newest)) if "eval_loss" in logs else set()
         shown = [
             f"{name} {value:.4g}"
             for name, value in logs.items()
-            if isinstance(value, (int, float)) and not name.endswith(("_runtime", "_per_second"))
+            if isinstance(value, (int, float))
+            and not name.endswith(("_runtime", "_per_second"))
+            and name not in figures
         ]
         line = f"step {state.global_step}/{state.max_steps} {', '.join(shown)}"
+        if figures:
+            line += f"; {describe_figures(self.watch.newest)}"
         first, since = self.began
         if "loss" in logs and state.global_step > first:
             pace = (time.monotonic() - since) / (state.global_step - first)
             left = pace * (state.max_steps - state.global_step) / 60
             line += f", {pace:.2f} s/step, {left:.0f} min left"
+            line = ", ".join([line, *self.meter.read(state.global_step)])
         if self.uploader.status:
             line += f"; {self.uploader.status}"
         self.store.say(line)
@@ -2211,6 +2324,7 @@ class Run:
             write_manifest(folder, training["run_sha256"])
             print(f"{name} is NOT on the Hub: the push of {self.uploader.name} is not through yet")
         self.phases.move("push", time.monotonic() - began)
+        self.meter.aside += self.save_s + time.monotonic() - began
         self.mark = time.monotonic()
 
     def rotate(self, kept: set[str]) -> None:
@@ -2480,14 +2594,16 @@ def build_settings(
     """SFTConfig or TrainingArguments: ours, then the user's further fields, as they allow."""
     import transformers
 
-    best = evaluates and args.early_stopping_patience > 0
+    best = evaluates and chooses_weights(args)
     options = {name: getattr(args, name) for name in TRAINER_FLAGS} | {
         "output_dir": str(folder),
         "save_strategy": "steps",
         "eval_strategy": "steps" if evaluates else "no",
         "eval_steps": args.save_steps,
-        "load_best_model_at_end": best,
-        "metric_for_best_model": "eval_loss" if best else None,
+        "load_best_model_at_end": evaluates and args.early_stopping_patience > 0,
+        "metric_for_best_model": args.metric_for_best_model if best else None,
+        # The run stops there; the filter would hide it.
+        "logging_nan_inf_filter": False,
         # Without this the patience counts from zero after each resume.
         "restore_callback_states_from_checkpoint": True,
         "use_cpu": device == "cpu",
@@ -2933,9 +3049,9 @@ def fast_trainer(kind: type) -> type:
 
         def collate(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
             if self.speed.prompt_tokens:
-                return collate_after_prompt(rows, self.speed.prompt_tokens)
+                return add_row_weights(collate_after_prompt(rows, self.speed.prompt_tokens), rows)
             if self.speed.packed:
-                return collate_packed(rows)
+                return add_row_weights(collate_packed(rows), rows)
             return dict(self.data_collator(rows))
 
         def count_targets(self, batch: dict[str, Any]) -> int:
@@ -3055,12 +3171,18 @@ def fast_trainer(kind: type) -> type:
         ) -> Any:
             training = self.model.training
             if "labels" in inputs and inputs["labels"].dim() == 1:
-                found = super().compute_loss(model, inputs, return_outputs)
+                if "loss_weights" in inputs:
+                    found = weighted_loss(model, inputs) / len(inputs["labels"])
+                else:
+                    found = super().compute_loss(model, inputs, return_outputs)
                 if not (training and self.speed.sort):
                     return found
                 share = inputs["labels"].shape[0] * self.num_averaged() / num_items_in_batch
                 return found * share
             if return_outputs or not self.speed.labelled_only:
+                if "loss_weights" in inputs:
+                    total = weighted_loss(model, inputs) * self.num_averaged()
+                    return total / num_items_in_batch
                 return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
             tokens = inputs.get("attention_mask", inputs["input_ids"].new_ones(())).sum()
             loss, counts = self.labelled_loss(model, inputs)
@@ -3084,7 +3206,7 @@ def fast_trainer(kind: type) -> type:
             supervised token and no others.
             """
             inputs = dict(inputs)
-            targets = inputs.pop("labels")[:, 1:]
+            targets, weights = inputs.pop("labels")[:, 1:], inputs.pop("loss_weights", None)
             chosen = targets != -100
             options: dict[str, Any] = {"use_cache": False}
             if inputs.pop("after_prompt", False):
@@ -3100,7 +3222,11 @@ def fast_trainer(kind: type) -> type:
             finally:
                 hook.remove()
             wanted = targets[chosen]
-            loss = functional.cross_entropy(logits, wanted, reduction="sum")
+            if weights is None:
+                loss = functional.cross_entropy(logits, wanted, reduction="sum")
+            else:
+                losses = functional.cross_entropy(logits, wanted, reduction="none")
+                loss = (losses * weights[:, 1:][chosen]).sum()
             with torch.no_grad():
                 scores = logits.log_softmax(-1)
                 entropy = -(scores.exp() * scores).sum()
@@ -3380,11 +3506,13 @@ def first_loss(trainer: Any, rows: list[dict[str, Any]]) -> float:
     import torch
 
     trainer.model.eval()
-    with torch.no_grad(), trainer.accelerator.autocast():
-        if trainer.speed.prompt_tokens:
-            trainer.read_prompt(trainer.model)
-        batch = trainer._prepare_inputs(trainer.collate(rows))
-        loss, counts = trainer.labelled_loss(trainer.model, batch)
+    try:
+        with torch.no_grad(), trainer.accelerator.autocast():
+            if trainer.speed.prompt_tokens:
+                trainer.read_prompt(trainer.model)
+            batch = trainer._prepare_inputs(trainer.collate(rows))
+            loss, counts = trainer.labelled_loss(trainer.model, batch)
+    finally:
         trainer.cache = None
     return (loss / counts[2]).item()
 
@@ -3492,6 +3620,726 @@ def fits(trainer: Any, longest: list[dict[str, Any]], size: int) -> bool:
     # A CPU has no such error, only a process that is killed: the next doubling must fit too.
     grown = 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak)
     return 2 * grown <= 0.9 * free
+
+
+# --- what is watched -------------------------------------------------------------------------
+
+# What an evaluation can choose the weights by. A gap between groups cannot: see check_selection.
+SELECTABLE = ("eval_loss", "f1", "roc_auc", "accuracy", "balanced_accuracy")
+NOT_FINITE = "not finite (NaN or infinite)"
+# What the samples ask about: mild, of nobody in particular, and no post of any data set.
+SAMPLE_POSTS = (
+    "The new neighbours brought us soup when we moved in.",
+    "People like them do not belong in this country.",
+    "My uncle says that people like them do not belong here, and I told him to stop.",
+    "Keep those families out of our school.",
+    "The council met the families to talk about the school.",
+    "I hate this phone, its battery is rubbish.",
+    "Nobody should believe the lie that newcomers ruin every town they come to.",
+    "We must get rid of them before they take over the street.",
+)
+MOST_ANSWER_TOKENS = 12
+SAMPLE_COLUMNS = ("step", "prompt", "answer", "p_hate", "label", "tokens", "latency_ms")
+# Dense bfloat16 peak in TFLOP/s by torch's name of the device (the makers' data sheets).
+GPU_PEAKS = {
+    **dict.fromkeys(("NVIDIA A100-SXM4-40GB", "NVIDIA A100-SXM4-80GB"), 312),
+    **dict.fromkeys(("NVIDIA A100-PCIE-40GB", "NVIDIA A100 80GB PCIe"), 312),
+    **dict.fromkeys(("NVIDIA H100 80GB HBM3", "NVIDIA H200"), 989),
+    "NVIDIA H100 PCIe": 756,
+    "NVIDIA L40S": 362,
+    "NVIDIA L4": 121,
+    "NVIDIA A10G": 70,
+}
+
+
+def check_selection(args: argparse.Namespace) -> None:
+    """Refuse a --metric_for_best_model that no evaluation has, or that chance would decide."""
+    name = args.metric_for_best_model
+    plain = name.removeprefix("eval_")
+    if plain == "loss":
+        plain = "eval_loss"
+    if plain in SELECTABLE:
+        args.metric_for_best_model = plain
+        return
+    if re.search(r"gap|difference|false_(positive|negative)_rate|parity|odds", plain):
+        fail(
+            f"--metric_for_best_model {name}: a difference between groups is no ground to choose "
+            "weights by. Without any bias three groups of the usual size differ by 6 points on "
+            "average, so that the choice would be by chance. Gaps are shown at each evaluation "
+            f"with their interval; choose by one of {', '.join(SELECTABLE)}."
+        )
+    fail(f"--metric_for_best_model {name} is none of {', '.join(SELECTABLE)}.")
+
+
+def check_validation(args: argparse.Namespace, data: Data) -> None:
+    """Refuse to choose weights by a figure that the validation posts leave undefined."""
+    name = args.metric_for_best_model
+    if name == "eval_loss":
+        return
+    if not (data.validation and chooses_weights(args)):
+        print(f"--metric_for_best_model {name} has no effect: no evaluation chooses the weights")
+        return
+    found = {row["label"] for row in data.validation}
+    needed = {"f1": {data.positive_label}, "balanced_accuracy": {*data.labels}}.get(name, set())
+    if name == "roc_auc" and len(found) < 2 or not needed <= found:
+        needed = needed or {data.positive_label, "another label"}
+        fail(
+            f"--metric_for_best_model {name} needs validation posts of {', '.join(sorted(needed))}; "
+            f"the {len(data.validation)} that an evaluation uses are {', '.join(sorted(found))}."
+        )
+
+
+@contextlib.contextmanager
+def kept_random_numbers() -> Iterator[None]:
+    """Leave every generator as it was: what is looked at must not change what is trained."""
+    import numpy as np
+    import torch
+
+    kept = random.getstate(), np.random.get_state()
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    try:
+        with torch.random.fork_rng(devices):
+            yield
+    finally:
+        random.setstate(kept[0])
+        np.random.set_state(kept[1])
+
+
+@dataclass
+class Watch:
+    """Looks at a run from outside: label scores of the validation posts, and sample answers.
+
+    Nothing that it does changes the run: no random number is consumed, and the model is left in
+    the mode it was in. Under torchrun every process takes part and gets the same figures.
+    """
+
+    trainer: Any
+    tokenizer: Any
+    labels: list[str]
+    positive: int
+    completions: list[list[int]]  # token ids of each label's answer; of a classifier []
+    prompts: list[list[int]]
+    truth: list[int]
+    members: dict[str, list[int]]
+    samples: list[tuple[str, list[int]]]  # what is shown, and the token ids asked
+    seed: int
+    say: Callable[[str], None]
+    reached: int = -1  # the training step that W&B already has
+    newest: dict[str, Any] = field(default_factory=dict)
+    tables: bool = True  # W&B has taken every table so far
+
+    def follow_evaluation(self, diverge: Callable[[str], NoReturn]) -> None:
+        """Add the figures of the label scores to those of the trainer's evaluation loop."""
+        loop = self.trainer.evaluation_loop
+
+        def watched(*values: Any, **options: Any) -> Any:
+            with kept_random_numbers():
+                output = loop(*values, **options)
+                if options.get("metric_key_prefix", "eval") == "eval":
+                    if not math.isfinite(output.metrics.get("eval_loss", 0.0)):
+                        diverge("the loss of the validation posts")
+                    output.metrics.update(self.evaluate(diverge))
+            return output
+
+        self.trainer.evaluation_loop = watched
+
+    def evaluate(self, diverge: Callable[[str], NoReturn]) -> dict[str, float]:
+        """Score the validation posts; return what is logged and keep the figures in `newest`."""
+        scores = self.score(self.prompts)
+        if not all(math.isfinite(score) for row in scores for score in row):
+            diverge("a score of the validation posts")
+        self.newest = validation_figures(
+            scores, self.truth, self.members, self.labels, self.positive, self.seed
+        )
+        answered = self.newest["predicted"]
+        if sum(count > 0 for count in answered.values()) == 1:
+            only = max(answered, key=answered.__getitem__)
+            share_of = self.truth.count(self.labels.index(only)) / len(self.truth)
+            self.say(
+                f"WARNING: all {len(self.truth)} validation posts are predicted {only!r}, and "
+                f"{share_of:.0%} are. The model tells nothing apart yet. If that stays so: a lower "
+                "--learning_rate, more steps, --reweight group_label or more posts of the other "
+                "label."
+            )
+        return logged_figures(self.newest)
+
+    @contextlib.contextmanager
+    def looking(self) -> Iterator[None]:
+        """The model in evaluation mode, in the precision it is trained in."""
+        import torch
+
+        model = self.trainer.model
+        mode = model.training
+        model.eval()
+        try:
+            with torch.no_grad(), self.trainer.autocast_smart_context_manager():
+                yield
+        finally:
+            model.train(mode)
+
+    def score(self, prompts: list[list[int]]) -> list[list[float]]:
+        """Each label's score for each prompt: its summed log-likelihood (nats), or its logit.
+
+        The completions' common beginning counts for none. Labels whose completions differ in
+        their last token only share a forward.
+        """
+        start = len(common_prefix(self.completions))
+        heads = sorted({tuple(completion[:-1]) for completion in self.completions}) or [()]
+        rows = [
+            (number, head, [*prompt, *head])
+            for number, prompt in enumerate(prompts)
+            for head in heads
+        ]
+        rows.sort(key=lambda row: -len(row[2]))
+        size = self.trainer.args.per_device_eval_batch_size
+        batches = [rows[first : first + size] for first in range(0, len(rows), size)]
+        found: dict[tuple[int, int], float] = {}
+        with self.looking():
+            # Every process makes as many forwards: with a sharded model all take part in each.
+            for turn in range(math.ceil(len(batches) / WORLD_SIZE)):
+                mine = batches[min(turn * WORLD_SIZE + RANK, len(batches) - 1)]
+                found |= self.score_batch(mine, start)
+        if WORLD_SIZE > 1:
+            from accelerate.utils import gather_object
+
+            found = dict(gather_object(list(found.items())))
+        return [
+            [found[number, label] for label in range(len(self.labels))]
+            for number in range(len(prompts))
+        ]
+
+    def score_batch(
+        self, rows: list[tuple[int, tuple[int, ...], list[int]]], start: int
+    ) -> dict[tuple[int, int], float]:
+        """Scores by prompt and label; half the rows at a time where the memory of a GPU ends."""
+        import torch
+
+        try:
+            logits, first = self.forward([ids for _, _, ids in rows], start)
+        except torch.OutOfMemoryError:
+            if len(rows) == 1 or WORLD_SIZE > 1:
+                raise
+            torch.cuda.empty_cache()
+            half = len(rows) // 2
+            return self.score_batch(rows[:half], start) | self.score_batch(rows[half:], start)
+        found: dict[tuple[int, int], float] = {}
+        for line, (number, head, ids) in enumerate(rows):
+            if not self.completions:
+                found |= {(number, label): x for label, x in enumerate(logits[line].tolist())}
+                continue
+            begin = len(ids) - len(head) - 1 + start - first
+            steps = logits[line, begin : len(ids) - first].log_softmax(-1)
+            for label, completion in enumerate(self.completions):
+                if tuple(completion[:-1]) == head:
+                    wanted = torch.tensor(completion[start:], device=steps.device)
+                    found[number, label] = steps.gather(1, wanted[:, None]).sum().item()
+        return found
+
+    def forward(self, rows: list[list[int]], start: int = 0, last: bool = False) -> tuple[Any, int]:
+        """Float32 logits of rows padded on the right, and the first position they are given for.
+
+        A classifier's are of shape rows x labels. Only the positions where some row's label is
+        predicted are projected; with `last` those at the end of the longest row.
+        """
+        import torch
+
+        model, pad = self.trainer.model, self.tokenizer.pad_token_id or 0
+        # A tokenizer that adds nothing leaves nothing of an empty post.
+        rows = [row or [pad] for row in rows]
+        width = max(map(len, rows))
+        ids = torch.full((len(rows), width), pad)
+        mask = torch.zeros_like(ids)
+        for line, row in enumerate(rows):
+            ids[line, : len(row)] = torch.tensor(row)
+            mask[line, : len(row)] = 1
+        options: dict[str, Any] = {}
+        if self.completions:
+            longest = max(map(len, self.completions)) - start
+            kept = 1 if last else width - min(map(len, rows)) + longest
+            options = {"use_cache": False, "logits_to_keep": min(kept, width)}
+        device = self.trainer.args.device
+        logits = model(input_ids=ids.to(device), attention_mask=mask.to(device), **options).logits
+        return logits.float(), width - logits.shape[1] if self.completions else 0
+
+    def answer(self, prompt: list[int]) -> list[int]:
+        """The likeliest token after token, up to an end token: a few, each by its own forward."""
+        ends = {self.tokenizer.eos_token_id}
+        ends |= {completion[-1] for completion in self.completions if len(completion) > 1}
+        answer: list[int] = []
+        while len(answer) < MOST_ANSWER_TOKENS and not (answer and answer[-1] in ends):
+            logits, _ = self.forward([[*prompt, *answer]], last=True)
+            answer.append(broadcast(int(logits[0, -1].argmax())))
+        return answer
+
+    def sample(self, step: int) -> None:
+        """Ask the samples and show the answers: one line each, and a table of W&B."""
+        rows = []
+        with kept_random_numbers(), self.looking():
+            for text, ids in self.samples:
+                began = time.perf_counter()
+                tokens = self.answer(ids) if self.completions else []
+                scores = softmax(self.score([ids])[0])
+                latency = 1000 * (time.perf_counter() - began)
+                p = scores[self.positive]
+                label = self.labels[choose_label(scores, self.positive)]
+                answer = self.tokenizer.decode(tokens, skip_special_tokens=True)
+                prompt = self.tokenizer.decode(ids) if self.completions else text
+                rows.append([step, prompt, answer, round(p, 4), label, len(tokens), latency])
+                self.say(
+                    f"sample at step {step}: p({self.labels[self.positive]}) {p:.3f}, {label}; "
+                    f"answer {json.dumps(answer, ensure_ascii=False)}, {len(tokens)} tokens, "
+                    f"{latency:.0f} ms; {json.dumps(text, ensure_ascii=False)}"
+                )
+        wandb = sys.modules.get("wandb")
+        if RANK or step <= self.reached or not self.tables:
+            return
+        if wandb is None or wandb.run is None or wandb.run.disabled:
+            return
+        try:
+            table = wandb.Table(columns=list(SAMPLE_COLUMNS), data=rows)
+            wandb.run.log({"samples": table, "train/global_step": step})
+        except Exception as error:
+            self.tables = False
+            print(f"W&B takes no table of samples, the log has them: {error!r}", flush=True)
+
+
+def build_watch(
+    args: argparse.Namespace,
+    trainer: Any,
+    tokenizer: Any,
+    data: Data,
+    contract: dict[str, Any],
+    say: Callable[[str], None],
+) -> Watch:
+    """Encode the validation posts and the samples as an evaluation by eval/eval.py does."""
+    rendering = contract["rendering"]
+    completions: list[list[int]] = []
+    scaffold = None
+    if data.prompt:
+        scaffold = read_scaffold(rendering)
+        completions = [rendering["label_completions"][label] for label in data.labels]
+
+    def encode(row: dict[str, Any]) -> list[int]:
+        if scaffold is None or data.prompt is None:
+            return encode_post(tokenizer, row["text"], rendering["max_length"])[0]
+        messages = row.get("prompt") or prompt_messages(data.prompt, row["text"], row)
+        room = rendering["max_length"] - max(map(len, completions))
+        return encode_prompt(tokenizer, scaffold, messages, row["text"], room)[0]
+
+    shown = [{"text": text} for text in SAMPLE_POSTS]
+    if args.log_text and data.validation:
+        shown = data.validation[: len(SAMPLE_POSTS)]
+    return Watch(
+        trainer,
+        tokenizer,
+        data.labels,
+        data.labels.index(data.positive_label),
+        completions,
+        [encode(row) for row in data.validation],
+        [data.labels.index(row["label"]) for row in data.validation],
+        group_members(data.validation, data.groups),
+        [(row["text"], encode(row)) for row in shown] if args.sample_steps else [],
+        args.seed,
+        say,
+    )
+
+
+def choose_label(probabilities: list[float], positive: int) -> int:
+    """The predicted label as eval/eval.py decides: of two by 1/2, of more the likeliest."""
+    if len(probabilities) > 2:
+        return max(range(len(probabilities)), key=probabilities.__getitem__)
+    return positive if probabilities[positive] >= 0.5 else 1 - positive
+
+
+def validation_figures(
+    scores: list[list[float]],
+    truth: list[int],
+    members: dict[str, list[int]],
+    labels: list[str],
+    positive: int,
+    seed: int,
+) -> dict[str, Any]:
+    """Figures of an evaluation during training, as eval/eval.py counts them; nan is left out.
+
+    `groups` has each group's error rates with n and interval. `gaps` has of each rate the largest
+    difference between groups of MIN_DENOMINATOR posts or more, with its interval, whose lower end
+    is 0 where a permutation test finds no difference at 5 %.
+    """
+    import numpy as np
+
+    chances = np.array([softmax(row) for row in scores])
+    size, n = len(labels), len(truth)
+    answers = np.array([choose_label(row.tolist(), positive) for row in chances])
+    known = np.array(truth)
+    table = np.bincount(known * size + answers, minlength=size * size).reshape(size, size)
+    figures = {name: float(value) for name, value in count_figures(table, positive).items()}
+    figures["roc_auc"], figures["average_precision"] = rank_posts(
+        known == positive, chances[:, positive]
+    )
+    flagged = answers == positive
+    kinds = {
+        "false_positive_rate": (flagged, known != positive),
+        "false_negative_rate": (~flagged, known == positive),
+    }
+    names = [name for name, posts in members.items() if posts and name != NO_TARGET]
+    masks = np.zeros((n, len(names)), dtype=bool)
+    for column, name in enumerate(names):
+        masks[members[name], column] = True
+    groups: dict[str, Any] = {name: {} for name in names}
+    gaps = {}
+    for rate, (error, posts) in kinds.items():
+        for column, name in enumerate(names):
+            inside = posts & masks[:, column]
+            groups[name][rate] = share(int((error & inside).sum()), int(inside.sum()), "no posts")
+        enough = [name for name in names if groups[name][rate]["n"] >= MIN_DENOMINATOR]
+        gaps[rate] = widest_gap([[groups[name][rate] for name in enough]])
+        if len(enough) > 1:
+            compared = [names.index(name) for name in enough]
+            p, _ = permute_groups(error[posts], masks[posts], compared, seed)
+            if p >= 0.05:
+                gaps[rate]["low"] = 0.0
+    return {
+        "n": n,
+        "labels": {label: truth.count(number_) for number_, label in enumerate(labels)},
+        "predicted": {label: int((answers == place).sum()) for place, label in enumerate(labels)},
+        "figures": {name: value for name, value in figures.items() if math.isfinite(value)},
+        "groups": groups,
+        "gaps": gaps,
+    }
+
+
+def logged_figures(found: dict[str, Any]) -> dict[str, float]:
+    """The figures of an evaluation by the names under which they are logged."""
+    names = ("f1", "roc_auc", "accuracy", "balanced_accuracy")
+    names += ("false_positive_rate", "false_negative_rate")
+    logged = {f"eval_{name}": found["figures"][name] for name in names if name in found["figures"]}
+    for group, rates in found["groups"].items():
+        for rate, figure in rates.items():
+            logged[f"eval_{group}_{rate}_n"] = figure["n"]
+            if figure["value"] is not None:
+                logged[f"eval_{group}_{rate}"] = figure["value"]
+    for rate, gap in found["gaps"].items():
+        if gap["value"] is not None:
+            logged[f"eval_{rate}_gap"] = gap["value"]
+            logged |= {f"eval_{rate}_gap_{end}": gap[end] for end in ("low", "high")}
+    return logged
+
+
+def describe_figures(found: dict[str, Any]) -> str:
+    """An evaluation's figures in one line."""
+    named = (("f1", "F1"), ("roc_auc", "AUROC"), ("balanced_accuracy", "balanced accuracy"))
+    said = [
+        f"{words} {found['figures'][name]:.4f}" for name, words in named if name in found["figures"]
+    ]
+    for rate, words in (("false_positive_rate", "FPR"), ("false_negative_rate", "FNR")):
+        some = [
+            f"{group} {100 * rates[rate]['value']:.0f} % of {rates[rate]['n']}"
+            for group, rates in found["groups"].items()
+            if rates[rate]["value"] is not None
+        ]
+        gap = found["gaps"][rate]
+        if gap["value"] is not None:
+            ends = f"{100 * gap['low']:.0f} to {100 * gap['high']:.0f}"
+            some.append(f"gap {100 * gap['value']:.0f} points ({ends})")
+        if some:
+            said.append(f"{words} {', '.join(some)}")
+    return f"{found['n']} posts: {'; '.join(said)}"
+
+
+class Meter:
+    """Tokens per second, share of the peak, memory and money of the lines of progress."""
+
+    def __init__(self, trainer: Any, config: Any, precision: str, job: Job, spent: float) -> None:
+        self.trainer, self.precision, self.job, self.spent = trainer, precision, job, spent
+        self.flops = 4 * body_parameters(config)
+        rows = trainer.train_dataset["input_ids"]
+        self.tokens_per_row = sum(map(len, rows)) / len(rows)
+        settings = trainer.args
+        self.rows_per_step = settings.per_device_train_batch_size * WORLD_SIZE
+        self.rows_per_step *= settings.gradient_accumulation_steps
+        self.peak: tuple[float, str] | None = None
+        self.began(0)
+
+    def began(self, step: int) -> None:
+        """Count from this step and moment on."""
+        self.step, self.since, self.aside = step, time.monotonic(), 0.0
+        self.tokens = getattr(self.trainer, "_total_train_tokens", 0)
+
+    def read(self, step: int) -> list[str]:
+        """What to say of the time since the last line, less what was spent beside training."""
+        import torch
+
+        seconds = time.monotonic() - self.since - self.aside
+        tokens = getattr(self.trainer, "_total_train_tokens", 0) - self.tokens
+        # A classifier's are not counted by its trainer: as many as its rows have on average.
+        tokens = tokens or (step - self.step) * self.rows_per_step * self.tokens_per_row
+        said = []
+        if seconds > 0 and step > self.step:
+            self.peak = self.peak or machine_peak(self.trainer.args.device, self.precision)
+            peak, origin = self.peak
+            rate = tokens / seconds
+            used = self.flops * rate / (peak * WORLD_SIZE)
+            said += [f"{rate:.0f} tokens/s", f"{used:.1%} of the {origin}"]
+        if self.trainer.args.device.type == "cuda":
+            total = torch.cuda.get_device_properties(self.trainer.args.device).total_memory
+            most = torch.cuda.max_memory_allocated(self.trainer.args.device)
+            said.append(f"GPU {most / 2**30:.1f} of {total / 2**30:.1f} GiB")
+        if self.job.dollars_per_hour:
+            said.append(f"{self.spent + self.job.dollars():.2f} $ so far")
+        self.began(step)
+        return said
+
+
+def body_parameters(config: Any) -> int:
+    """Weights that each token of a post is multiplied with: no embedding, no head, no vision part.
+
+    Of experts only the share that a token is sent to counts.
+    """
+    import torch
+    from transformers import AutoModel
+
+    text = config.get_text_config()
+    experts = getattr(text, "num_local_experts", None) or getattr(text, "num_experts", None)
+    taken = getattr(text, "num_experts_per_tok", None)
+    with torch.device("meta"):
+        model = AutoModel.from_config(config)
+    looked_up = {
+        id(weight)
+        for module in model.modules()
+        if isinstance(module, torch.nn.Embedding)
+        for weight in module.parameters()
+    }
+    total = 0.0
+    for name, weight in model.named_parameters():
+        if id(weight) not in looked_up and "vision" not in name:
+            routed = bool(experts and taken) and ".experts." in name
+            total += weight.numel() * (taken / experts if routed else 1)
+    return round(total)
+
+
+def machine_peak(device: Any, precision: str) -> tuple[float, str]:
+    """FLOP/s of one device's matrix products, and what to call them: listed, else measured."""
+    import torch
+
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    if name in GPU_PEAKS and precision == "bfloat16":
+        return GPU_PEAKS[name] * 1e12, f"{name}'s {GPU_PEAKS[name]} TFLOP/s"
+    size = 8192 if name else 1024
+    one = torch.full((size, size), 0.5, device=device, dtype=getattr(torch, precision))
+    best = math.inf
+    for _ in range(4):
+        began = time.perf_counter()
+        one @ one
+        if name:
+            torch.cuda.synchronize(device)
+        best = min(best, time.perf_counter() - began)
+    rate = 2 * size**3 / best
+    return rate, f"{rate / 1e12:.3g} TFLOP/s measured in {precision}"
+
+
+# --- groups ----------------------------------------------------------------------------------
+
+# No post counts more than so many average ones, however rare its cell is.
+MOST_WEIGHT = 10.0
+
+
+@dataclass(frozen=True)
+class Cell:
+    """The training posts that are aimed at the same groups and have the same label."""
+
+    groups: tuple[str, ...]
+    label: str
+    rows: list[int]
+
+    @property
+    def name(self) -> str:
+        return f"{'+'.join(self.groups) or NO_TARGET}/{self.label}"
+
+
+def group_cells(rows: list[dict[str, Any]]) -> list[Cell]:
+    """The cells of some posts, by name."""
+    found: dict[tuple[tuple[str, ...], str], list[int]] = {}
+    for number_, row in enumerate(rows):
+        groups = tuple(sorted(set(row.get("target_groups") or []) - {NO_TARGET}))
+        found.setdefault((groups, row["label"]), []).append(number_)
+    return [Cell(*key, found[key]) for key in sorted(found)]
+
+
+def cell_weights(counts: list[int]) -> list[float]:
+    """The loss weight of each cell's posts: inverse to their number, at most MOST_WEIGHT.
+
+    The mean over all posts is 1, so that the learning rate keeps its meaning. What a capped cell
+    may not have goes to the others.
+    """
+    capped: set[int] = set()
+    while True:
+        free = [place for place in range(len(counts)) if place not in capped]
+        left = sum(counts) - MOST_WEIGHT * sum(counts[place] for place in capped)
+        weights = [
+            MOST_WEIGHT if place in capped else left / len(free) / count
+            for place, count in enumerate(counts)
+        ]
+        above = {place for place in free if weights[place] > MOST_WEIGHT}
+        if not above:
+            return weights
+        capped |= above
+
+
+def cell_quotas(counts: list[int], total: int, order: Any) -> list[int]:
+    """How many posts of each cell an epoch of `total` draws; `order` deals out what is left."""
+    quotas = [total // len(counts)] * len(counts)
+    for place in order.sample(range(len(counts)), total % len(counts)):
+        quotas[place] += 1
+    return quotas
+
+
+class GroupBalanced:
+    """A sampler whose epochs draw every cell equally often, and as many posts as there are.
+
+    The order depends on seed and epoch alone, so that a resumed run finds its place in it. Of a
+    cell every post is drawn before any is drawn again.
+    """
+
+    def __init__(self, cells: list[Cell], seed: int) -> None:
+        self.cells, self.seed, self.epoch = cells, seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return sum(len(cell.rows) for cell in self.cells)
+
+    def __iter__(self) -> Iterator[int]:
+        order = random.Random(f"{self.seed} {self.epoch}")
+        drawn: list[int] = []
+        quotas = cell_quotas([len(cell.rows) for cell in self.cells], len(self), order)
+        for cell, quota in zip(self.cells, quotas, strict=True):
+            whole, part = divmod(quota, len(cell.rows))
+            drawn += cell.rows * whole + order.sample(cell.rows, part)
+        order.shuffle(drawn)
+        return iter(drawn)
+
+
+def check_balance(args: argparse.Namespace) -> None:
+    """Refuse what cannot go together with --reweight and --sampler."""
+    fields = args.trainer_fields
+    for flag, asked in (("reweight", args.reweight), ("sampler", args.sampler)):
+        if asked not in ("none", "shuffle") and fields.get("packing"):
+            fail(f"--{flag} {asked} and --packing: a packed row holds posts of several cells.")
+    if args.sampler != "shuffle" and fields.get("train_sampling_strategy", "random") != "random":
+        fail(
+            f"--sampler {args.sampler} and --train_sampling_strategy both decide the order of the "
+            "rows; leave one out. Rows of one step are put together by length anyway."
+        )
+    if args.reweight == "none":
+        return
+    if args.class_weights != "none":
+        fail("--reweight and --class_weights both weigh the posts; leave one out.")
+    for name, plain in (("loss_type", "nll"), ("label_smoothing_factor", 0.0)):
+        if fields.get(name, plain) not in (plain, None):
+            fail(f"--reweight weighs the plain cross-entropy: leave --{name} out.")
+    if fields.get("router_aux_loss_coef"):
+        fail("--reweight weighs the cross-entropy alone: leave --router_aux_loss_coef out.")
+
+
+def record_cells(args: argparse.Namespace, data: Data) -> list[dict[str, Any]] | None:
+    """The contract's account of --reweight and --sampler, printed; None without them."""
+    if args.reweight == "none" and args.sampler == "shuffle":
+        return None
+    cells = group_cells(data.train)
+    counts = [len(cell.rows) for cell in cells]
+    weights = cell_weights(counts) if args.reweight != "none" else [1.0] * len(cells)
+    drawn = [float(count) for count in counts]
+    if args.sampler != "shuffle":
+        drawn = [sum(counts) / len(counts)] * len(counts)
+    used = [f"--{name} {value}" for name, value in vars(args).items() if name in BALANCES]
+    print(f"{', '.join(used)}: {len(cells)} cells of groups and label", flush=True)
+    record = []
+    for cell, weight, draws in zip(cells, weights, drawn, strict=True):
+        capped = " (the most)" if weight == MOST_WEIGHT else ""
+        print(
+            f"  {cell.name:<40} {len(cell.rows):>7} posts, weight {weight:.4g}{capped}, drawn "
+            f"{draws:.1f} times an epoch",
+            flush=True,
+        )
+        record.append(
+            {
+                "groups": list(cell.groups),
+                "label": cell.label,
+                "posts": len(cell.rows),
+                "weight": weight,
+                "draws_per_epoch": draws,
+            }
+        )
+    return record
+
+
+BALANCES = ("reweight", "sampler")
+
+
+def balance_rows(args: argparse.Namespace, trainer: Any, rows: list[dict[str, Any]]) -> None:
+    """Have the trainer draw and weigh its rows as --sampler and --reweight say."""
+    cells = group_cells(rows) if args.reweight != "none" or args.sampler != "shuffle" else []
+    if cells and len(trainer.train_dataset) != len(rows):
+        fail("the trainer left rows out, so --reweight and --sampler cannot tell whose they are.")
+    if args.sampler == "group_balanced":
+        seed = trainer.args.seed if trainer.args.data_seed is None else trainer.args.data_seed
+        sampler = GroupBalanced(cells, seed)
+        trainer._get_train_sampler = lambda *_: sampler
+    if args.reweight == "group_label":
+        weights = [0.0] * len(rows)
+        for cell, weight in zip(cells, cell_weights([len(c.rows) for c in cells]), strict=True):
+            for row in cell.rows:
+                weights[row] = weight
+        trainer.train_dataset = trainer.train_dataset.add_column("loss_weight", weights)
+        # Trainer otherwise drops a column that the model does not know.
+        trainer._set_signature_columns_if_needed()
+        trainer._signature_columns = [*trainer._signature_columns, "loss_weight"]
+        trainer.data_collator = WeightedCollator(trainer.data_collator)
+
+
+@dataclass
+class WeightedCollator:
+    """A collator that hands on what each row counts in the loss; rows without it stay plain."""
+
+    collator: Any
+
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
+        plain = [{key: row[key] for key in row if key != "loss_weight"} for row in rows]
+        return add_row_weights(dict(self.collator(plain)), rows)
+
+
+def add_row_weights(batch: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Put the rows' weights beside the labels, in their shape, if the rows have any."""
+    if "loss_weight" not in rows[0]:
+        return batch
+    import torch
+
+    labels = batch["labels"]
+    weights = torch.tensor([row["loss_weight"] for row in rows])
+    if labels.dim() == 2:
+        if labels.shape[0] == len(rows):
+            weights = weights[:, None].expand(labels.shape)
+        else:  # All rows in one, without padding.
+            lengths = torch.tensor([len(row["input_ids"]) for row in rows])
+            weights = weights.repeat_interleave(lengths)[None]
+    return batch | {"loss_weights": weights}
+
+
+def weighted_loss(model: Any, inputs: dict[str, Any]) -> Any:
+    """Summed cross-entropy of a batch with all its logits, each row by its weight."""
+    from torch.nn import functional
+
+    inputs = dict(inputs)
+    weights, labels = inputs.pop("loss_weights"), inputs.pop("labels")
+    if labels.dim() == 1:
+        losses = functional.cross_entropy(model(**inputs).logits.float(), labels, reduction="none")
+        return (losses * weights).sum()
+    logits = model(**inputs, use_cache=False).logits[:, :-1].float()
+    losses = functional.cross_entropy(
+        logits.flatten(0, 1), labels[:, 1:].flatten(), reduction="none"
+    )
+    return (losses * weights[:, 1:].flatten()).sum()
 
 
 # --- loggers ---------------------------------------------------------------------------------
@@ -3620,8 +4468,11 @@ def open_wandb(run: Any) -> int:
 
 def open_loggers(
     args: argparse.Namespace, trainer: Any, contract: dict[str, Any], checkpoint: Path | None
-) -> None:
-    """Let the loggers go on where the checkpoint left them, and let none of them stop the run."""
+) -> int:
+    """Let the loggers go on where the checkpoint left them, and let none of them stop the run.
+
+    Returns the training step that W&B already reaches, or -1.
+    """
     remembered: dict[str, Any] = {}
     if checkpoint:
         remembered = json.loads((checkpoint / LOGGERS).read_text(encoding="utf-8"))
@@ -3629,6 +4480,7 @@ def open_loggers(
     if RANK == 0 and "wandb" in args.report_to:
         reached = start_wandb(args, contract, remembered)
     guard_loggers(trainer, contract["training"]["step"], reached)
+    return reached
 
 
 def logger_state() -> dict[str, Any]:
@@ -4380,6 +5232,207 @@ def check_labels(rows: list[dict[str, Any]], labels: list[str], origin: str) -> 
     unknown = sorted({str(row["label"]) for row in rows if row.get("label") not in labels})
     if unknown:
         fail(f"{origin} has unknown labels {unknown[:5]}. The labels are: {', '.join(labels)}.")
+
+
+NO_TARGET = "no_target"
+RESAMPLES = 10_000
+# With fewer posts than this below the line a rate is counted, but nothing is concluded from it.
+MIN_DENOMINATOR = 20
+# The two-sided 95 % point of the normal distribution.
+NORMAL_95 = 1.959963984540054
+TOO_FEW_GROUPS = f"fewer than two groups have {MIN_DENOMINATOR} posts to count"
+
+
+def wilson(part: int, whole: int) -> tuple[float, float]:
+    """The 95 % score interval of a rate (Wilson 1927); `whole` is at least 1."""
+    z = NORMAL_95
+    middle = (part + z * z / 2) / (whole + z * z)
+    half = z * math.sqrt(part * (whole - part) / whole + z * z / 4) / (whole + z * z)
+    return (0.0 if part == 0 else middle - half, 1.0 if part == whole else middle + half)
+
+
+def share(part: int, whole: int, empty: str) -> dict[str, Any]:
+    """A rate with its count and 95 % Wilson interval; null with the reason `empty` for 0 of 0."""
+    if whole == 0:
+        return {"value": None, "n": 0, "low": None, "high": None, "reason": empty}
+    low, high = wilson(int(part), int(whole))
+    return {"value": part / whole, "n": int(whole), "low": low, "high": high, "reason": None}
+
+
+def number(value: float | None, n: int, reason: str) -> dict[str, Any]:
+    """A figure without interval as yet; null with a reason where undefined."""
+    undefined = value is None or math.isnan(value)
+    return {
+        "value": None if undefined else float(value),
+        "n": n,
+        "low": None,
+        "high": None,
+        "reason": reason if undefined else None,
+    }
+
+
+def count_figures(tables: Any, positive: int) -> dict[str, Any]:
+    """Figures of confusion tables, the positive label against the rest; nan where undefined.
+
+    `tables` has the shape (..., labels, labels), true label first; a figure has the shape (...).
+    A figure over labels is undefined where a label has no post. Matthews' coefficient is that of
+    several labels (Gorodkin 2004).
+    """
+    import numpy as np
+
+    tables = np.asarray(tables, dtype=np.float64)
+    total = tables.sum((-2, -1))
+    support, flagged = tables.sum(-1), tables.sum(-2)
+    hits = np.diagonal(tables, axis1=-2, axis2=-1)
+    tp = hits[..., positive]
+    fn, fp = support[..., positive] - tp, flagged[..., positive] - tp
+    tn = total - tp - fn - fp
+    with np.errstate(divide="ignore", invalid="ignore"):
+        recalls = hits / support
+        # A label without posts and without answers has no F1, and no weight either.
+        f1 = 2 * hits / (support + flagged)
+        spread = np.sqrt(total**2 - (flagged**2).sum(-1)) * np.sqrt(total**2 - (support**2).sum(-1))
+        return {
+            "accuracy": hits.sum(-1) / total,
+            "balanced_accuracy": recalls.mean(-1),
+            "precision": tp / (tp + fp),
+            "recall": tp / (tp + fn),
+            "false_positive_rate": fp / (fp + tn),
+            "false_negative_rate": fn / (fn + tp),
+            "flag_rate": (tp + fp) / total,
+            "f1": 2 * tp / (2 * tp + fp + fn),
+            "f1_macro": np.where((support > 0).all(-1), f1.mean(-1), np.nan),
+            "f1_weighted": np.where(support > 0, f1 * support, 0).sum(-1) / total,
+            "mcc": (hits.sum(-1) * total - (support * flagged).sum(-1)) / spread,
+        }
+
+
+@dataclass(frozen=True)
+class Cells:
+    """Posts that are alike, counted: what is resampled.
+
+    `of` (n,) is each post's cell, `first` (cells,) a post of each, `counts` (cells,) their posts.
+    """
+
+    of: Any
+    first: Any
+    counts: Any
+
+
+def build_cells(*columns: Any) -> Cells:
+    """Count posts that are equal in all columns, each of shape (n,) or (n, k)."""
+    import numpy as np
+
+    rows = np.column_stack([np.asarray(column, dtype=np.int64) for column in columns])
+    # Sorting numbers is many times faster than sorting rows. A key is a cell so far and the next
+    # column's value, so it stays below n times the number of values.
+    of = np.zeros(len(rows), dtype=np.int64)
+    for column in rows.T:
+        values, kinds = np.unique(column, return_inverse=True)
+        of = np.unique(of * max(1, len(values)) + kinds, return_inverse=True)[1]
+    _, first, counts = np.unique(of, return_index=True, return_counts=True)
+    return Cells(of, first, counts)
+
+
+def difference_ends(one: dict[str, Any], other: dict[str, Any]) -> tuple[float, float]:
+    """The 95 % ends of a difference of independent rates from those of each.
+
+    Newcombe (1998), method 10.
+    """
+    away = one["value"] - other["value"]
+    low = away - math.hypot(one["value"] - one["low"], other["high"] - other["value"])
+    return low, away + math.hypot(one["high"] - one["value"], other["value"] - other["low"])
+
+
+def widest_gap(rates: list[list[dict[str, Any]]]) -> dict[str, Any]:
+    """The largest difference between groups in any of some rates, each given for every group.
+
+    One pair of groups truly differs most, so the largest upper end of the pairs' intervals bounds
+    the true difference; the largest lower end does once a test says that there is a difference,
+    and is 0 otherwise. A post of two groups counts in both, which widens the interval.
+    """
+    pairs = [pair for some in rates for pair in itertools.permutations(some, 2)]
+    if not pairs:
+        return number(None, len(rates[0]), TOO_FEW_GROUPS)
+    figure = number(max(one["value"] - other["value"] for one, other in pairs), len(rates[0]), "")
+    ends = [difference_ends(*pair) for pair in pairs]
+    lows, highs = zip(*ends, strict=True)
+    return figure | {"low": max(0.0, *lows), "high": min(1.0, max(highs))}
+
+
+def permute_groups(
+    wrong: Any, members: Any, compared: list[int], seed: int, resamples: int = RESAMPLES
+) -> tuple[float, list[float]]:
+    """Permutation p-values of one error rate: of its gap, and of each group against the rest.
+
+    `wrong` (n,) says which posts of one true label are decided wrongly, `members` (n, groups) who
+    is in which group. The errors are dealt anew among the posts, so that who is in which group,
+    overlaps too, stays as it is. `compared` are the groups whose largest difference is the gap.
+    The observed deal counts as one of the draws (Phipson and Smyth 2010).
+    """
+    import numpy as np
+
+    cells = build_cells(members)
+    kinds = members[cells.first].astype(np.float64)  # (cells, groups)
+    sizes = cells.counts @ kinds
+    rest = len(wrong) - sizes
+    draws = np.random.default_rng(seed).multivariate_hypergeometric(
+        cells.counts, int(wrong.sum()), size=resamples, method="marginals"
+    )
+    observed = np.bincount(cells.of, weights=wrong, minlength=len(cells.counts))
+    errors = np.vstack([observed, draws]) @ kinds  # (1 + resamples, groups)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        rates = errors / sizes
+        away = np.abs(rates - (wrong.sum() - errors) / rest)
+
+    def p_of(values: Any) -> float:
+        # Equal rates can differ in their last bit.
+        return float((values >= values[0] - 1e-9).mean())
+
+    gap = 1.0
+    if len(compared) > 1:
+        gap = p_of(rates[:, compared].max(1) - rates[:, compared].min(1))
+    return gap, [p_of(away[:, group]) for group in range(members.shape[1])]
+
+
+def rank_posts(truth: Any, scores: Any) -> tuple[float, float]:
+    """Area under the ROC curve and average precision of posts (n,); nan where undefined.
+
+    What scikit-learn's functions return, with one sort for both.
+    """
+    import numpy as np
+
+    order = np.argsort(-scores, kind="stable")
+    # Equal scores are taken together.
+    last = np.flatnonzero(np.append(np.diff(scores[order]) != 0, True)) if len(order) else order
+    hits = np.cumsum(truth[order], dtype=np.float64)[last]
+    wrong = last + 1 - hits
+    gained = np.diff(hits, prepend=0)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        area = (np.diff(wrong, prepend=0) * (hits - gained / 2)).sum() / (
+            truth.sum() * (len(truth) - truth.sum(dtype=np.float64))
+        )
+        return float(area), float((gained * hits / (last + 1)).sum() / np.float64(truth.sum()))
+
+
+def group_members(posts: list[dict[str, Any]], groups: list[str]) -> dict[str, list[int]]:
+    """Indices of each group's posts: the contract's groups, then others found, then no target.
+
+    A post that is aimed at several groups stands in each.
+    """
+    found = {group for post in posts for group in post["target_groups"]}
+    names = [*groups, *sorted(found - {*groups, NO_TARGET})]
+    members: dict[str, list[int]] = {name: [] for name in [*names, NO_TARGET]}
+    for index, post in enumerate(posts):
+        for name in set(post["target_groups"]) or {NO_TARGET}:
+            members[name].append(index)
+    return members
+
+
+def softmax(scores: list[float]) -> list[float]:
+    """Probabilities from log-likelihoods or logits."""
+    weights = [math.exp(score - max(scores)) for score in scores]
+    return [weight / sum(weights) for weight in weights]
 
 
 @dataclass(frozen=True)
