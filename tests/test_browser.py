@@ -21,7 +21,7 @@ import pytest
 import tiny
 from tiny import load_script
 
-CHROMIUM = shutil.which("chromium")
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 LABELS = ["<b/onclick=pwned()>fine</b>", "=bad|$x$\u202e`*"]
 # What runs code, fetches something, breaks out of where it stands, or shows as other than it is.
 CORPUS = [
