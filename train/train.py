@@ -2112,7 +2112,9 @@ class Run:
             def on_log(self, args: Any, state: Any, control: Any, logs: Any, **_: Any) -> None:
                 if RANK == 0:
                     run.report(state, logs)
-                run.mark = time.monotonic()
+                # The log of an evaluation comes before on_evaluate, which takes the time.
+                if not any(name.startswith("eval_") for name in logs):
+                    run.mark = time.monotonic()
 
             def on_save(self, args: Any, state: Any, *_: Any, **__: Any) -> None:
                 run.save(trainer, state)
@@ -2202,18 +2204,18 @@ class Run:
             broadcast(None)
             raise SystemExit(1)
         self.uploader.settle(self.args.hub_patience, 5.0)
-        saved = sorted(
-            self.store.local_steps() | {checkpoint_step(p) for p in self.store.tree} - {None}
-        )
-        saved = [one for one in saved if one < step or self.is_saved(one)]
-        goes_on = f"goes on from checkpoint-{saved[-1]}" if saved else "begins again"
+        if self.store.repo is None:
+            saved = {n for n in self.store.local_steps() if self.store.is_local(f"checkpoint-{n}")}
+        else:
+            saved = {checkpoint_step(path) for path in self.store.tree} - {None}
+        goes_on = f"goes on from checkpoint-{max(saved)}" if saved else "begins again"
         self.announce(f"step {step}: {what} is {NOT_FINITE}; nothing of this step is saved")
         broadcast(None)
         fail(
             f"{what} is {NOT_FINITE} at step {step} of {self.trainer.state.max_steps}. Nothing of "
-            f"this step is saved; the same command {goes_on} in {self.store.name}. If it stops here "
-            "again, start another run (--run_name or --output_dir) with a lower --learning_rate, "
-            "a longer --warmup_steps or --dtype float32.",
+            f"this step is saved; the same command {goes_on} of {self.store.name}. If it stops "
+            "here again, start another run (--run_name or --output_dir) with a lower "
+            "--learning_rate, a longer --warmup_steps or --dtype float32.",
             code=1,
         )
 
@@ -2756,6 +2758,7 @@ def finish(run: Run, trainer: Any, tokenizer: Any) -> None:
         with hub_errors(f"push to {store.name}"), contextlib.suppress(TakenOver):
             store.push({CONTRACT: as_json(contract)}, "Take the end back")
         fail(f"the adapter in {store.name} scores otherwise than the trained one.", code=1)
+    names += write_run_results(run, trainer)
     print_receipt(run, [*names, RUN_LOG], difference)
     print(f"next: uv run eval/eval.py --adapter {store.repo or store.folder.resolve()}", end="")
     print("" if "repo" in contract["dataset"] else " --test_file POSTS.jsonl", flush=True)
@@ -3354,8 +3357,30 @@ def apply_speed(args: argparse.Namespace, trainer: Any) -> None:
     if speed.attention:
         trainer.model.get_base_model().set_attn_implementation(speed.attention)
     set_checkpointing(trainer, speed.activation_checkpointing)
+    if settings.bf16:
+        round_frozen(trainer.model)
     if settings.torch_compile:
         print("--torch_compile: pays after many steps only, and is not combined with the above")
+
+
+def round_frozen(model: Any) -> None:
+    """Store frozen linear layers in bfloat16: autocast rounds them so at each use, to the same bits.
+
+    Not one that shares its weight with an embedding, which autocast leaves as it is.
+    """
+    import torch
+
+    users: dict[int, list[type]] = {}
+    for module in model.modules():
+        for weight in module.parameters(recurse=False):
+            users.setdefault(id(weight), []).append(type(module))
+    for module in model.modules():
+        if type(module) is torch.nn.Linear and module.weight.dtype == torch.float32:
+            weights = list(module.parameters())
+            kinds = {kind for weight in weights for kind in users[id(weight)]}
+            if kinds == {torch.nn.Linear} and not any(weight.requires_grad for weight in weights):
+                for weight in weights:
+                    weight.data = weight.data.bfloat16()
 
 
 def set_checkpointing(trainer: Any, on: bool) -> None:
@@ -3639,7 +3664,6 @@ SAMPLE_POSTS = (
     "We must get rid of them before they take over the street.",
 )
 MOST_ANSWER_TOKENS = 12
-SAMPLE_COLUMNS = ("step", "prompt", "answer", "p_hate", "label", "tokens", "latency_ms")
 # Dense bfloat16 peak in TFLOP/s by torch's name of the device (the makers' data sheets).
 GPU_PEAKS = {
     **dict.fromkeys(("NVIDIA A100-SXM4-40GB", "NVIDIA A100-SXM4-80GB"), 312),
@@ -3681,11 +3705,11 @@ def check_validation(args: argparse.Namespace, data: Data) -> None:
         return
     found = {row["label"] for row in data.validation}
     needed = {"f1": {data.positive_label}, "balanced_accuracy": {*data.labels}}.get(name, set())
-    if name == "roc_auc" and len(found) < 2 or not needed <= found:
-        needed = needed or {data.positive_label, "another label"}
+    if (name == "roc_auc" and len(found) < 2) or not needed <= found:
+        wanted = ", ".join(sorted(needed)) or f"{data.positive_label} and of another label"
         fail(
-            f"--metric_for_best_model {name} needs validation posts of {', '.join(sorted(needed))}; "
-            f"the {len(data.validation)} that an evaluation uses are {', '.join(sorted(found))}."
+            f"--metric_for_best_model {name} needs validation posts of {wanted}; the "
+            f"{len(data.validation)} that an evaluation uses are {', '.join(sorted(found))}."
         )
 
 
@@ -3885,10 +3909,14 @@ class Watch:
                 answer = self.tokenizer.decode(tokens, skip_special_tokens=True)
                 prompt = self.tokenizer.decode(ids) if self.completions else text
                 rows.append([step, prompt, answer, round(p, 4), label, len(tokens), latency])
+                said = ""
+                if self.completions:
+                    said = (
+                        f"answer {json.dumps(answer, ensure_ascii=False)}, {len(tokens)} tokens, "
+                    )
                 self.say(
                     f"sample at step {step}: p({self.labels[self.positive]}) {p:.3f}, {label}; "
-                    f"answer {json.dumps(answer, ensure_ascii=False)}, {len(tokens)} tokens, "
-                    f"{latency:.0f} ms; {json.dumps(text, ensure_ascii=False)}"
+                    f"{said}{latency:.0f} ms; {json.dumps(text, ensure_ascii=False)}"
                 )
         wandb = sys.modules.get("wandb")
         if RANK or step <= self.reached or not self.tables:
@@ -3896,7 +3924,9 @@ class Watch:
         if wandb is None or wandb.run is None or wandb.run.disabled:
             return
         try:
-            table = wandb.Table(columns=list(SAMPLE_COLUMNS), data=rows)
+            score = f"p_{self.labels[self.positive]}"
+            columns = ["step", "prompt", "answer", score, "label", "tokens", "latency_ms"]
+            table = wandb.Table(columns=columns, data=rows)
             wandb.run.log({"samples": table, "train/global_step": step})
         except Exception as error:
             self.tables = False
@@ -4079,7 +4109,7 @@ class Meter:
             peak, origin = self.peak
             rate = tokens / seconds
             used = self.flops * rate / (peak * WORLD_SIZE)
-            said += [f"{rate:.0f} tokens/s", f"{used:.1%} of the {origin}"]
+            said += [f"{rate:.0f} tokens/s", f"{100 * used:.1f} % of {origin}"]
         if self.trainer.args.device.type == "cuda":
             total = torch.cuda.get_device_properties(self.trainer.args.device).total_memory
             most = torch.cuda.max_memory_allocated(self.trainer.args.device)
@@ -4123,7 +4153,7 @@ def machine_peak(device: Any, precision: str) -> tuple[float, str]:
 
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
     if name in GPU_PEAKS and precision == "bfloat16":
-        return GPU_PEAKS[name] * 1e12, f"{name}'s {GPU_PEAKS[name]} TFLOP/s"
+        return GPU_PEAKS[name] * 1e12, f"the {GPU_PEAKS[name]} TFLOP/s of {name}"
     size = 8192 if name else 1024
     one = torch.full((size, size), 0.5, device=device, dtype=getattr(torch, precision))
     best = math.inf
@@ -4134,7 +4164,44 @@ def machine_peak(device: Any, precision: str) -> tuple[float, str]:
             torch.cuda.synchronize(device)
         best = min(best, time.perf_counter() - began)
     rate = 2 * size**3 / best
-    return rate, f"{rate / 1e12:.3g} TFLOP/s measured in {precision}"
+    return rate, f"the {rate / 1e12:.3g} TFLOP/s measured in {precision}"
+
+
+def write_run_results(run: Run, trainer: Any) -> list[str]:
+    """train_results.json, eval_results.json and all_results.json in the run's folder.
+
+    `train_loss` is the mean over the whole run's logged steps, `train_runtime` the seconds of this
+    start alone. The evaluation is that of the weights kept, or the last one before them, by `step`.
+    """
+    training, history = run.contract["training"], trainer.state.log_history
+    losses = [(entry["step"], entry["loss"]) for entry in history if "loss" in entry]
+    total, before = 0.0, 0
+    for step, loss in losses:
+        total, before = total + loss * (step - before), step
+    seconds = run.phases.seconds.get("train", 0.0)
+    steps = training["step"] - run.began[0] if run.began[1] else 0
+    results = {
+        "train": {
+            "epoch": training["epoch"],
+            "step": training["step"],
+            "train_loss": total / before if before else None,
+            "train_samples": len(trainer.train_dataset),
+            "train_runtime": round(seconds, 3),
+            "train_steps_per_second": round(steps / seconds, 3) if seconds and steps else None,
+        }
+    }
+    evaluations = [entry for entry in history if "eval_loss" in entry]
+    kept = [entry for entry in evaluations if entry["step"] <= training["weights_of_step"]]
+    if kept:
+        results["eval"] = dict(kept[-1]) | {"eval_samples": len(run.watch.prompts)}
+    written = {f"{name}_results.json": found for name, found in results.items()}
+    everything: dict[str, Any] = {}
+    for found in results.values():
+        everything |= found
+    written["all_results.json"] = everything | results["train"]
+    for name, found in written.items():
+        write_json(run.store.folder / name, found)
+    return [*written]
 
 
 # --- groups ----------------------------------------------------------------------------------
