@@ -6617,7 +6617,7 @@ def shown(key: str, figure: dict[str, Any], least: int = 0) -> str:
     Undefined ones say why; a rate of fewer than `least` posts is `insufficient (7 posts)`.
     """
     if figure["value"] is None:
-        return f"undefined ({visible(figure['reason'])})"
+        return f"undefined ({visible(figure['reason'], 100)})"
     if figure["n"] < least:
         return f"insufficient ({figure['n']} posts)"
     scale, digits, unit = (100, 1, " %") if key in RATES else (1, 3, "")
@@ -6630,7 +6630,7 @@ def shown(key: str, figure: dict[str, Any], least: int = 0) -> str:
 def shown_difference(key: str, figure: dict[str, Any], p: str = "p") -> str:
     """A difference with its sign: `+6.1 points [1.2, 11.0], p 0.012`."""
     if figure["value"] is None:
-        return f"undefined ({visible(figure['reason'])})"
+        return f"undefined ({visible(figure['reason'], 100)})"
     scale, digits, unit = (100, 1, " points") if key in RATES else (1, 3, "")
     text = f"{scale * figure['value']:+.{digits}f}{unit}"
     if figure["low"] is not None:
@@ -6706,7 +6706,8 @@ def gap_table(metrics: dict[str, Any]) -> list[list[str]]:
         if gap["significant"] is not None:
             words = "more than chance" if gap["significant"] else "no more than chance"
         widest = shown_gap(gap["max_min"], rate)
-        rows.append([title, "largest gap", str(gap["max_min"]["n"]) + " groups", widest, words])
+        n = gap["max_min"]["n"]
+        rows.append([title, "largest gap", f"{n} group{'s' * (n != 1)}", widest, words])
         for group, one in gap["groups"].items():
             if group == NO_TARGET:
                 continue
@@ -6715,7 +6716,8 @@ def gap_table(metrics: dict[str, Any]) -> list[list[str]]:
             rows.append([title, visible(group), str(one["vs_rest"]["n"]), away, said])
         for group in gap["left_out"]:
             n = metrics["strategies"][0]["groups"][group][rate]["n"]
-            rows.append([title, visible(group), str(n), "insufficient", "cannot be tested"])
+            few = "insufficient" if n else "undefined"
+            rows.append([title, visible(group), str(n), few, "cannot be tested"])
     return rows if len(rows) > 1 else []
 
 
@@ -7412,14 +7414,14 @@ a { color: var(--model); }
 .verdict li { max-width: 60rem; }
 .scroll { overflow-x: auto; }
 :focus-visible { outline: 2px solid var(--model); outline-offset: 2px; }
-table { width: 100%; border-collapse: collapse; font-size: .88rem;
+table { width: 100%; border-collapse: collapse; font-size: .86rem;
   font-variant-numeric: tabular-nums; }
-th, td { padding: .4rem .8rem .4rem 0; border-bottom: 1px solid var(--line); text-align: left;
+th, td { padding: .4rem .65rem .4rem 0; border-bottom: 1px solid var(--line); text-align: left;
   vertical-align: baseline; }
 .figures thead th { color: var(--soft); font-weight: 600; white-space: normal; }
 tbody th { font-weight: 600; }
 .figures td, .figures th { white-space: nowrap; }
-.figures .undefined { color: var(--soft); white-space: normal; min-width: 9rem; }
+.figures .undefined { color: var(--soft); white-space: normal; min-width: 8rem; }
 .model td, .model th { color: var(--model); }
 tr.first td, tr.first th { border-top: 2px solid var(--line); }
 .made th { width: 9rem; color: var(--soft); }

@@ -6,8 +6,10 @@ pytest tests/test_report.py
 from __future__ import annotations
 
 import json
+import os
 import random
 import re
+import subprocess
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -951,6 +953,31 @@ def test_a_post_goes_nowhere_unless_it_is_asked_for(
     assert run.logged[f"{prefix}/groups"]["data"] and "<h1>" in run.logged[f"{prefix}/report"]
     assert f"{prefix}/predictions" not in run.logged
     assert len(wandb_runs[1].logged[f"{prefix}/predictions"]["data"]) == 20
+
+
+def test_no_post_stands_in_what_wandb_writes(evaluate: ModuleType, tmp_path: Path) -> None:
+    pytest.importorskip("wandb")
+    rows = [row | {"text": f"{CANARY} {row['text']}"} for row in scored_rows(30)]
+    file = save(tmp_path, rows)
+    hidden = ("PATH", "HOME", "OMP_NUM_THREADS", "HF_HOME")
+    environment = {name: os.environ[name] for name in hidden if name in os.environ}
+    for folder, asked in (("without", []), ("with", ["--log_text"])):
+        place = tmp_path / folder
+        place.mkdir()
+        words = ["--predictions", file, "--output_dir", tmp_path / f"out-{folder}", *asked]
+        made = subprocess.run(
+            [sys.executable, evaluate.__file__, *map(str, words), "--report_to", "wandb"],
+            cwd=place,
+            env=environment | {"WANDB_MODE": "offline", "WANDB_DATA_DIR": str(place / "staging")},
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+        assert made.returncode == 0 and "W&B: logged to run" in made.stdout, made.stderr
+        files = [path for path in (place / "wandb").rglob("*") if path.is_file()]
+        assert any(path.suffix == ".wandb" for path in files)
+        holders = [path for path in files if CANARY.encode() in path.read_bytes()]
+        assert bool(holders) is bool(asked)
 
 
 @pytest.mark.parametrize("broken", ["import", "init", "log"])
