@@ -6212,8 +6212,7 @@ def deliver(
     elif adapter and adapter.folder and updates_card(args):
         card = adapter.folder / "README.md"
         if card.is_file():
-            text = card.read_text(encoding="utf-8")
-            card.write_text(new_card(args, text, folder), encoding="utf-8")
+            card.write_bytes(new_card(args, card.read_bytes(), folder))
     if args.space:
         push_space(args.space, folder, f"{SPACE_TITLE}: {adapter.name if adapter else name}")
 
@@ -6227,14 +6226,15 @@ def updates_card(args: argparse.Namespace) -> bool:
     return usual and not any(variants) and args.threshold == 0.5 and args.max_length is None
 
 
-def new_card(args: argparse.Namespace, text: str, folder: Path) -> str:
-    """A model card's text with the evaluation in a folder as its section."""
+def new_card(args: argparse.Namespace, card: bytes, folder: Path) -> bytes:
+    """A model card with the evaluation in a folder as its section; the rest keeps its bytes."""
     metrics, record = (
         json.loads((folder / file).read_text(encoding="utf-8"))
         for file in ("metrics.json", CONTRACT)
     )
     section = build_card_section(metrics, record, read_card_fields(args.card_fields))
-    return update_card(text, section, metrics, record)
+    text = card.decode("utf-8", "surrogateescape")
+    return update_card(text, section, metrics, record).encode("utf-8", "surrogateescape")
 
 
 def push_files(
@@ -6254,11 +6254,11 @@ def push_files(
         head = HfApi().repo_info(adapter.name)
         files = [file.rfilename for file in head.siblings or []]
         if updates_card(args):
-            text = f"# {adapter.name}\n"
+            text = f"# {adapter.name}\n".encode()
             if "README.md" in files:
                 card = hf_hub_download(adapter.name, "README.md", revision=head.sha)
-                text = Path(card).read_text(encoding="utf-8")
-            names["README.md"] = new_card(args, text, folder).encode()
+                text = Path(card).read_bytes()
+            names["README.md"] = new_card(args, text, folder)
         operations: list[Any] = [
             CommitOperationAdd(path_in_repo=path, path_or_fileobj=file)
             for path, file in names.items()
@@ -7475,7 +7475,7 @@ li { max-width: 46rem; margin: .35rem 0; }
 <thead><tr>{% for cell in groups[0] %}<th scope="col">{{ cell }}</th>{% endfor %}</tr></thead>
 <tbody>
 {% for row in groups[1:] %}
-{% set model = loop.first or row[0] != loop.previtem[0] %}
+{% set model = row[3] == groups[1][3] or row[0] != loop.previtem[0] %}
 <tr{% if model %} class="model first"{% endif %}><th scope="row">{{ row[0] if model }}</th>
 {%- for cell in row[1:3] %}<td>{{ cell if model }}</td>{% endfor %}
 {%- for cell in row[3:] %}{{ figure(cell) }}{% endfor %}</tr>

@@ -767,6 +767,18 @@ def test_a_marker_without_its_half_takes_no_text_along(
         assert "By hand." in card and "A\n" in card and card.count("## Evaluation") == 1
 
 
+def test_a_card_in_another_encoding_keeps_its_bytes(
+    evaluate: ModuleType, finished: tuple[Any, Any], tmp_path: Path
+) -> None:
+    for name, content in zip(("metrics.json", "contract.json"), finished, strict=True):
+        write(tmp_path / name, content)
+    args = evaluate.parse_args(["--predictions", "x.csv"])
+    hand = b"# Title\r\n\r\ncaf\xe9 by hand\r\n"
+    card = evaluate.new_card(args, b"---\r\nlicense: mit\r\n---\r\n" + hand, tmp_path)
+    assert hand.rstrip() in card and b"license: mit" in card and b"model-index" in card
+    assert evaluate.new_card(args, card, tmp_path) == card
+
+
 def test_open_fields_are_not_stated_until_a_file_states_them(
     evaluate: ModuleType, finished: tuple[Any, Any], tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
