@@ -91,8 +91,9 @@ DATA_FORMS = (
     "datasets/build_custom.py makes a dataset of them."
 )
 # What a base in four bits keeps whole: heads, of which a new one is trained, and the parts of a
-# vision-language model that no post passes through.
-WHOLE_MODULES = ["classifier", "score", "lm_head", "vision_tower", "multi_modal_projector"]
+# vision-language model that no post passes through. The library wants beginnings or ends of names.
+WHOLE_MODULES = ["classifier", "score", "lm_head", "model.vision_tower"]
+WHOLE_MODULES += ["model.multi_modal_projector"]
 # Also the strategy of a local training file of posts, which brings no prompt of its own.
 INSTRUCTION = {
     "description": "instruction, post and classification under headings; needs no chat template",

@@ -229,8 +229,9 @@ DATA_FORMS = (
     "datasets/build_custom.py makes a dataset of them."
 )
 # What a base in four bits keeps whole: heads, of which a new one is trained, and the parts of a
-# vision-language model that no post passes through.
-WHOLE_MODULES = ["classifier", "score", "lm_head", "vision_tower", "multi_modal_projector"]
+# vision-language model that no post passes through. The library wants beginnings or ends of names.
+WHOLE_MODULES = ["classifier", "score", "lm_head", "model.vision_tower"]
+WHOLE_MODULES += ["model.multi_modal_projector"]
 # Also the strategy of a local training file of posts, which brings no prompt of its own.
 INSTRUCTION = {
     "description": "instruction, post and classification under headings; needs no chat template",
@@ -474,6 +475,9 @@ def train(argv: list[str] | None, stop: Stop) -> None:
     weights = contract["training"]["class_weights"]
     trainer = build_trainer(args, settings, model, base, tokenizer, rows, weights)
     warn_of_warmup(settings, len(rows[0]))
+    if args.task == "causal":
+        check_kept_labels(trainer, rows[0])
+    phases.enter("measure")
     choose_speed(args, trainer, contract, checkpoint is not None)
     balance_rows(args, trainer, data.train)
     run = Run(args, store, contract, stop, phases, job, checkpoint)
@@ -1414,6 +1418,7 @@ def encode_rows(
             num_cut = sum(cut for _, cut in encoded)
         else:
             examples, num_cut = encode_conversations(rows, tokenizer, contract)
+            check_supervision(tokenizer, rows, examples)
         lengths = [len(example["input_ids"]) for example in examples]
         if examples:
             print(
@@ -1426,6 +1431,34 @@ def encode_rows(
         trained = [token for token in splits[0][0]["labels"] if token != -100]
         print(f"trained on, in the first row: {tokenizer.decode(trained)!r}", flush=True)
     return splits[0], splits[1]
+
+
+def check_supervision(
+    tokenizer: Any, rows: list[dict[str, Any]], examples: list[dict[str, Any]]
+) -> None:
+    """End on a row that trains no word of an answer, and show what it would train."""
+    for row, example in zip(rows, examples, strict=True):
+        trained = [token for token in example["labels"] if token != -100]
+        if not tokenizer.decode(trained, skip_special_tokens=True).strip():
+            fail(
+                f"row {row['id']} trains on no answer: its supervised tokens are "
+                f"{tokenizer.decode(trained)!r} ({len(trained)}). Give the row an answer, or "
+                "leave it out."
+            )
+
+
+def check_kept_labels(trainer: Any, rows: list[dict[str, Any]]) -> None:
+    """End where the trainer's own preparation of the rows has cut supervised tokens away."""
+    kept = trainer.train_dataset["labels"]
+    before, after = (
+        sum(label != -100 for row in labels for label in row)
+        for labels in ((row["labels"] for row in rows), kept)
+    )
+    if before != after:
+        fail(
+            f"the training rows have {before} supervised tokens, and {after} of them are left after "
+            "packing or cutting. Raise --max_length, or leave --packing and --truncation_mode out."
+        )
 
 
 def read_scaffold(rendering: dict[str, Any]) -> Scaffold:
@@ -2669,7 +2702,10 @@ def build_trainer(
         import trl
 
         kind = fast_trainer(trl.SFTTrainer)
-        trainer = kind(model, args=settings, peft_config=config, **common)
+        try:
+            trainer = kind(model, args=settings, peft_config=config, **common)
+        except ValueError as error:  # For example LoRA on lm_head.
+            fail(f"trl.SFTTrainer refuses these arguments: {error}")
         # It would write its own card over a README.md of the user's, at every save.
         trainer.create_model_card = lambda *_, **__: None
     keep_four_bit_layout(trainer.model)
@@ -3543,17 +3579,22 @@ def first_loss(trainer: Any, rows: list[dict[str, Any]]) -> float:
 
 
 def try_step(trainer: Any, rows: list[dict[str, Any]]) -> float:
-    """Compute a step's gradients without using them; return the seconds it took."""
+    """Compute a step's gradients without using them; return the seconds it took.
+
+    On a CPU the CPU's own: other processes disturb them less.
+    """
     import torch
 
+    on_gpu = trainer.args.device.type == "cuda"
+    clock = time.perf_counter if on_gpu else time.process_time
     step = trainer.build_step(rows)
     count = torch.tensor(max(1, sum(map(trainer.count_targets, step.batches))))
-    began = time.perf_counter()
+    began = clock()
     with trainer.accelerator.autocast():
         trainer.run_step(trainer.model, step, count.to(trainer.args.device))
-    if trainer.args.device.type == "cuda":
+    if on_gpu:
         torch.cuda.synchronize()
-    seconds = time.perf_counter() - began
+    seconds = clock() - began
     trainer.counts = None
     trainer.model.zero_grad()
     metrics = getattr(trainer, "_metrics", None)
