@@ -190,11 +190,25 @@ def save_tokenizer(folder: Path, chat_template: str | None = CHAT_TEMPLATE) -> A
 def save_model(
     folder: Path, kind: str = "llama", chat_template: str | None = CHAT_TEMPLATE
 ) -> Path:
-    """Save a tiny random model of a class (llama, gpt2, bert, …) with its tokenizer."""
+    """Save a tiny random model of a class (llama, gpt2, bert, …) with its tokenizer.
+
+    `mxfp4` and `fp8` are gpt-oss and Ministral as their makers publish them: stored quantised.
+    """
     import torch
-    import transformers
 
     tokenizer = save_tokenizer(folder, chat_template)
+    torch.manual_seed(0)
+    model = build_model({"mxfp4": "gpt_oss", "fp8": "mistral3"}.get(kind, kind), tokenizer)
+    model.save_pretrained(folder)
+    if kind in ("mxfp4", "fp8"):
+        store_quantised(folder, kind)
+    return folder
+
+
+def build_model(kind: str, tokenizer: Any) -> Any:
+    """A tiny random model of a class, in the sizes of a test."""
+    import transformers
+
     sizes = {
         "vocab_size": len(tokenizer),
         "hidden_size": 128,
@@ -206,13 +220,7 @@ def save_model(
         "eos_token_id": tokenizer.eos_token_id,
         "bos_token_id": None,
     }
-    torch.manual_seed(0)
-    if kind == "llama":
-        config = transformers.LlamaConfig(
-            **sizes, num_key_value_heads=2, tie_word_embeddings=False, initializer_range=0.08
-        )
-        model = transformers.LlamaForCausalLM(config)
-    elif kind == "gpt2":
+    if kind == "gpt2":
         config = transformers.GPT2Config(
             vocab_size=len(tokenizer),
             n_embd=64,
@@ -222,13 +230,87 @@ def save_model(
             bos_token_id=tokenizer.eos_token_id,
             eos_token_id=tokenizer.eos_token_id,
         )
-        model = transformers.GPT2LMHeadModel(config)
-    elif kind == "bert":
-        model = transformers.BertModel(transformers.BertConfig(**sizes))
-    else:
-        raise ValueError(f"no tiny model of kind {kind!r}")
-    model.save_pretrained(folder)
-    return folder
+        return transformers.GPT2LMHeadModel(config)
+    if kind in ("bert", "roberta", "modernbert"):
+        name = {"bert": "Bert", "roberta": "Roberta", "modernbert": "ModernBert"}[kind]
+        # RoBERTa counts positions from behind the pad token's id.
+        sizes["max_position_embeddings"] += 2 if kind == "roberta" else 0
+        own = {"cls_token_id": None, "sep_token_id": None} if kind == "modernbert" else {}
+        config = getattr(transformers, f"{name}Config")(**sizes, **own)
+        return getattr(transformers, f"{name}Model")(config)
+    sizes |= {"num_key_value_heads": 2, "tie_word_embeddings": False, "initializer_range": 0.08}
+    names = {"llama": "Llama", "qwen3": "Qwen3", "smollm3": "SmolLM3", "phi3": "Phi3"}
+    names |= {"olmo2": "Olmo2", "mistral": "Mistral"}
+    if kind in names:
+        config = getattr(transformers, f"{names[kind]}Config")(**sizes)
+        return getattr(transformers, f"{names[kind]}ForCausalLM")(config)
+    sizes |= {"hidden_size": 64, "intermediate_size": 64, "head_dim": 16}
+    if kind == "gpt_oss":
+        # An auxiliary loss as strong as that of published configs.
+        experts = {"num_local_experts": 4, "num_experts_per_tok": 2, "router_aux_loss_coef": 0.9}
+        config = transformers.GptOssConfig(**sizes, **experts, sliding_window=32)
+        return transformers.GptOssForCausalLM(config)
+    sight = {"hidden_size": 32, "intermediate_size": 64, "image_size": 32, "patch_size": 8}
+    sight |= {"num_hidden_layers": 2, "num_attention_heads": 2}
+    if kind in ("gemma3", "gemma3_text"):
+        text = transformers.Gemma3TextConfig(**sizes)
+        if kind == "gemma3_text":
+            return transformers.Gemma3ForCausalLM(text)
+        vision = transformers.SiglipVisionConfig(**sight)
+        config = transformers.Gemma3Config(
+            text_config=text, vision_config=vision, mm_tokens_per_image=4, image_token_index=1
+        )
+        return transformers.Gemma3ForConditionalGeneration(config)
+    if kind == "mistral3":
+        rope = {"type": "yarn", "rope_theta": 1e6, "factor": 2.0, "mscale": 1.0}
+        rope |= {"original_max_position_embeddings": 256, "mscale_all_dim": 1.0}
+        rope |= {"beta_fast": 32.0, "beta_slow": 1.0, "llama_4_scaling_beta": 0.1}
+        sizes |= {"tie_word_embeddings": True, "rope_parameters": rope}
+        vision = transformers.PixtralVisionConfig(**sight, hidden_act="silu")
+        config = transformers.Mistral3Config(
+            text_config=transformers.Ministral3Config(**sizes),
+            vision_config=vision,
+            image_token_index=1,
+        )
+        return transformers.Mistral3ForConditionalGeneration(config)
+    raise ValueError(f"no tiny model of kind {kind!r}")
+
+
+def store_quantised(folder: Path, kind: str) -> None:
+    """Write a saved model's large weights as gpt-oss (mxfp4) or Ministral (fp8) is published."""
+    import torch
+    from safetensors.torch import load_file, save_file
+    from transformers.integrations.mxfp4 import FP4_VALUES
+
+    stored = {}
+    for name, weight in load_file(folder / "model.safetensors").items():
+        if kind == "mxfp4" and name.endswith(("experts.gate_up_proj", "experts.down_proj")):
+            # Blocks of 32 inputs share a power of two; a byte holds two values.
+            blocks = weight.transpose(1, 2).unflatten(-1, (-1, 32))
+            exponents = torch.floor(torch.log2(blocks.abs().amax(-1))) - 2
+            distance = (blocks / exponents.exp2()[..., None])[..., None] - torch.tensor(FP4_VALUES)
+            codes = distance.abs().argmin(-1).to(torch.uint8)
+            stored[f"{name}_blocks"] = codes[..., 0::2] | (codes[..., 1::2] << 4)
+            stored[f"{name}_scales"] = (exponents + 127).to(torch.uint8)
+        elif kind == "fp8" and "language_model" in name and name.endswith("_proj.weight"):
+            scale = weight.abs().max() / 448
+            stored[name] = (weight / scale).to(torch.float8_e4m3fn)
+            stored[f"{name}_scale_inv"] = scale
+            stored[name.removesuffix("weight") + "activation_scale"] = torch.tensor(0.01)
+        else:
+            stored[name] = weight.to(torch.bfloat16)
+    whole = {name: weight.contiguous() for name, weight in stored.items()}
+    save_file(whole, folder / "model.safetensors", metadata={"format": "pt"})
+    kept = ["model.vision_tower", "model.multi_modal_projector", "lm_head"]
+    quantization = {"quant_method": "fp8", "weight_block_size": None, "activation_scheme": "static"}
+    if kind == "mxfp4":
+        kept = ["model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens"]
+        kept += ["lm_head"]
+        quantization = {"quant_method": "mxfp4"}
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config["quantization_config"] = quantization | {"modules_to_not_convert": kept}
+    config["dtype"] = "bfloat16"
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
 
 
 def write_jsonl(file: Path, rows: list[dict[str, Any]]) -> Path:
