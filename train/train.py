@@ -432,6 +432,7 @@ def train(argv: list[str] | None, stop: Stop) -> None:
     """One start of a run: everything that can be refused is, before a weight is downloaded."""
     phases = Phases()
     args = parse_args(argv)
+    say_processes()
     check_training_arguments(args)
     check_loggers(args)
     store = open_store(args)
@@ -496,6 +497,24 @@ def train(argv: list[str] | None, stop: Stop) -> None:
 
 
 # --- arguments and state ---------------------------------------------------------------------
+
+
+def say_processes() -> None:
+    """Say how many processes accelerate has started: where it made one of several, nothing fails.
+
+    `accelerate launch --cpu --num_processes 2` starts a single one (accelerate 1.15).
+    """
+    # accelerate launch sets it in each process that it starts.
+    if "ACCELERATE_MIXED_PRECISION" not in os.environ:
+        return
+    if WORLD_SIZE > 1:
+        print(f"accelerate launch: {WORLD_SIZE} processes", flush=True)
+    else:
+        print(
+            "accelerate launch: 1 process. If more were asked for: with --cpu it starts one all "
+            "the same; torchrun --nproc-per-node N train/train.py starts N.",
+            flush=True,
+        )
 
 
 def duration(text: str) -> float:
@@ -3138,9 +3157,13 @@ def fast_trainer(kind: type) -> type:
 
         def read_prompt(self, model: Any) -> list[Any]:
             """Compute the prompt's keys and values; `cache` gets copies that collect gradients."""
+            from transformers import DynamicCache
+
             with self.compute_loss_context_manager():
                 found = model(
                     input_ids=torch.tensor([self.prompt], device=self.args.device),
+                    # The model's own cache keeps only the window of a layer that slides.
+                    past_key_values=DynamicCache(),
                     use_cache=True,
                     logits_to_keep=1,
                 ).past_key_values
