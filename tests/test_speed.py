@@ -1,0 +1,513 @@
+"""train/train.py computes a step faster, and it is the same step.
+
+pytest tests/test_speed.py
+
+Runs of tiny models; "stock" is the same run with the trainer's own batches, logits and attention.
+What a resume makes of each way of computing is in tests/test_exact.py.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+import tiny
+from tiny import load_script
+
+RUN = [
+    *("--max_steps", "5", "--save_steps", "5", "--logging_steps", "1", "--warmup_steps", "0"),
+    *("--per_device_train_batch_size", "2", "--gradient_accumulation_steps", "3"),
+    *("--lr_scheduler_type", "constant", "--learning_rate", "5e-3", "--lora_r", "4"),
+    *("--early_stopping_patience", "0", "--report_to", "none", "--lora_dropout", "0"),
+]
+FIGURES = ("loss", "grad_norm", "entropy", "mean_token_accuracy", "num_tokens", "eval_loss")
+CLASSIFIER = ["--task", "classify", "--lora_target_modules", "all-linear"]
+
+
+@pytest.fixture(scope="module")
+def train() -> ModuleType:
+    return load_script("train/train.py")
+
+
+@pytest.fixture(autouse=True)
+def clean(clean_environment: None) -> None:
+    """No flag comes from the environment."""
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """16 posts: the last of three steps of 6 rows is incomplete."""
+    folder = tmp_path_factory.mktemp("speed")
+    rows = tiny.post_rows()
+    # Posts of very different lengths, or sorting them would change nothing.
+    for number, row in enumerate(rows[:16]):
+        row["text"] = " ".join([row["text"]] * (1 + number % 5))
+    tiny.write_jsonl(folder / "train.jsonl", rows[:16])
+    tiny.write_jsonl(folder / "validation.jsonl", rows[16:20])
+    tiny.save_model(folder / "llama")
+    tiny.save_model(folder / "bert", "bert")
+    config = json.loads((folder / "bert/config.json").read_text())
+    config |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    (folder / "bert/config.json").write_text(json.dumps(config))
+    return folder
+
+
+def run(train: ModuleType, files: Path, out: Path, *flags: str, model: str = "llama") -> list[dict]:
+    """A run in a folder; return its logged figures."""
+    train.main(
+        [
+            *("--train_file", str(files / "train.jsonl"), "--output_dir", str(out)),
+            *("--validation_file", str(files / "validation.jsonl")),
+            *("--model_name_or_path", str(files / model), *RUN, *flags),
+        ]
+    )
+    newest = max(out.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+    entries = json.loads((newest / "trainer_state.json").read_text())["log_history"]
+    return [{key: entry[key] for key in FIGURES if key in entry} for entry in entries]
+
+
+def chosen(out: Path) -> dict[str, Any]:
+    return json.loads((out / "contract.json").read_text())["training"]["speed"]
+
+
+def stock(monkeypatch: pytest.MonkeyPatch, train: ModuleType) -> None:
+    """From here on runs are computed as the library's trainer does by itself."""
+
+    def measure(args: Any, trainer: Any, precision: str) -> None:
+        trainer.speed = train.Speed()
+
+    monkeypatch.setattr(train, "measure_speed", measure)
+
+
+def assert_same(found: list[dict], expected: list[dict], tolerance: float = 1e-4) -> None:
+    assert len(found) == len(expected) >= 5
+    for step, other in zip(found, expected, strict=True):
+        assert step == pytest.approx(other, rel=tolerance, abs=tolerance)
+
+
+# --- micro-batches ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shared", [0, 40])
+def test_micro_batches_hold_each_row_once_and_no_more_than_they_may(
+    train: ModuleType, shared: int
+) -> None:
+    chance = random.Random(0)
+    for _ in range(50):
+        lengths = [chance.randrange(1, 200) for _ in range(chance.randrange(1, 60))]
+        most = chance.randrange(100, 2000)
+        parts = train.split_by_length(lengths, most, shared)
+        assert sorted(index for part in parts for index in part) == [*range(len(lengths))]
+        for part in parts:
+            longest = max(lengths[index] for index in part)
+            assert len(part) == 1 or len(part) * (longest + shared) <= most
+
+
+def test_micro_batches_cost_no_more_than_any_other_cut(train: ModuleType) -> None:
+    lengths, most = [9, 150, 80, 10, 81, 12, 160, 11], 400
+
+    def cost(parts: list[list[int]]) -> int:
+        return sum(
+            len(part) * max(lengths[index] for index in part) + train.MICRO_BATCH_COST
+            for part in parts
+        )
+
+    order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
+    every = []
+    for cuts in range(2 ** (len(order) - 1)):
+        parts, part = [], [order[0]]
+        for place, index in enumerate(order[1:]):
+            if cuts >> place & 1:
+                parts.append(part)
+                part = []
+            part.append(index)
+        parts.append(part)
+        if all(len(part) * lengths[part[0]] <= most for part in parts):
+            every.append(cost(parts))
+    assert cost(train.split_by_length(lengths, most)) == min(every)
+
+
+def test_all_processes_get_as_many_micro_batches(train: ModuleType) -> None:
+    sizes = [
+        [len(part) for part in train.split_evenly(lengths, 4)]
+        for lengths in ([5] * 10, [*range(1, 11)])
+    ]
+    assert sizes == [[4, 4, 2], [4, 4, 2]]
+
+
+# --- the same step ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        pytest.param([], id="prompt-once"),
+        pytest.param(["--share_prompt", "never"], id="sorted"),
+        pytest.param(["--packing", "true", "--per_device_train_batch_size", "1"], id="packing"),
+        pytest.param(["--dataloader_num_workers", "1"], id="workers"),
+        pytest.param(["--auto_batch"], id="auto-batch"),
+        pytest.param(["--activation_checkpointing", "true"], id="checkpointing"),
+        pytest.param(["--train_sampling_strategy", "group_by_length"], id="group-by-length"),
+    ],
+)
+def test_a_causal_step_is_the_stock_trainers(
+    train: ModuleType,
+    files: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    flags: list[str],
+) -> None:
+    found = run(train, files, tmp_path / "fast", *flags)
+    speed = chosen(tmp_path / "fast")
+    assert speed["sort"] and speed["labelled_only"]
+    shares = not {"never", "--packing", "--activation_checkpointing"} & {*flags}
+    assert (speed["prompt_tokens"] > 20) == shares
+    stock(monkeypatch, train)
+    expected = run(train, files, tmp_path / "stock", *flags)
+    # TRL averages entropy and accuracy over micro-batches, however few tokens they hold.
+    for entry in (*found, *expected):
+        entry.pop("entropy", None)
+        entry.pop("mean_token_accuracy", None)
+    assert_same(found, expected)
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "qwen3", "gemma3_text", "gpt_oss", "mistral3"])
+def test_models_with_other_heads_and_attention_keep_their_loss(
+    train: ModuleType, files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    tiny.save_model(tmp_path / kind, kind)
+    if kind == "gpt2":
+        config = json.loads((tmp_path / kind / "config.json").read_text())
+        config |= {name: 0.0 for name in ("attn_pdrop", "embd_pdrop", "resid_pdrop")}
+        (tmp_path / kind / "config.json").write_text(json.dumps(config))
+    found = run(train, files, tmp_path / "fast", model=str(tmp_path / kind))
+    assert chosen(tmp_path / "fast")["labelled_only"]
+    assert chosen(tmp_path / "fast")["prompt_tokens"] > 20
+    stock(monkeypatch, train)
+    expected = run(train, files, tmp_path / "stock", model=str(tmp_path / kind))
+    for entry in (*found, *expected):
+        entry.pop("entropy", None)
+        entry.pop("mean_token_accuracy", None)
+    assert_same(found, expected, 1e-3)
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes"),
+    [
+        ("Gemma2", {"final_logit_softcapping": 3.0, "attn_logit_softcapping": 20.0}),
+        ("Granite", {"logits_scaling": 4.0, "embedding_multiplier": 2.0}),
+        ("Cohere", {"logit_scale": 0.5}),
+    ],
+)
+def test_scaled_and_capped_logits_are_the_models_own(
+    train: ModuleType,
+    files: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture,
+    kind: str,
+    changes: dict[str, float],
+) -> None:
+    import torch
+    import transformers
+
+    tokenizer = tiny.save_tokenizer(tmp_path / kind)
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{kind}Config")(
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        max_position_embeddings=512,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        bos_token_id=None,
+        initializer_range=0.3,
+        **changes,
+    )
+    model = getattr(transformers, f"{kind}ForCausalLM")(config)
+    model.save_pretrained(tmp_path / kind)
+    run(train, files, tmp_path / "fast", "--max_steps", "1", model=str(tmp_path / kind))
+    assert "speed: not" not in capsys.readouterr().out
+    assert chosen(tmp_path / "fast")["labelled_only"]
+
+
+def test_a_classifiers_loss_is_the_mean_over_all_rows_of_a_step(
+    train: ModuleType, files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The stock trainer's mean of means differs in the last, incomplete step of an epoch."""
+    whole = ["--per_device_train_batch_size", "6", "--gradient_accumulation_steps", "1"]
+    found = run(train, files, tmp_path / "fast", *CLASSIFIER, model="bert")
+    assert chosen(tmp_path / "fast")["sort"]
+    stock(monkeypatch, train)
+    expected = run(train, files, tmp_path / "stock", *CLASSIFIER, *whole, model="bert")
+    assert_same(found, expected)
+
+
+def test_linear_layers_are_stored_as_autocast_rounds_them(
+    train: ModuleType, files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flags = ["--dtype", "float32", "--bf16", "true"]
+    found = run(train, files, tmp_path / "stored", *flags)
+    monkeypatch.setattr(train, "round_frozen", lambda _: None)
+    assert run(train, files, tmp_path / "rounded", *flags) == found
+    files = ("stored/adapter_model.safetensors", "rounded/adapter_model.safetensors")
+    assert len({(tmp_path / file).read_bytes() for file in files}) == 1
+
+
+def test_a_tied_head_is_not_rounded(train: ModuleType, tmp_path: Path) -> None:
+    import torch
+    import transformers
+
+    tokenizer = tiny.save_tokenizer(tmp_path)
+    model = tiny.build_model("gemma3_text", tokenizer).requires_grad_(False)
+    model.lm_head.weight = model.model.embed_tokens.weight
+    assert isinstance(model, transformers.PreTrainedModel)
+    train.round_frozen(model)
+    assert model.lm_head.weight.dtype == torch.float32
+    assert model.model.layers[0].self_attn.q_proj.weight.dtype == torch.bfloat16
+
+
+# --- what does not fit -----------------------------------------------------------------------
+
+
+def test_auto_batch_continues_a_step_that_ran_out_of_memory(
+    train: ModuleType,
+    files: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    import torch
+    import transformers
+
+    expected = run(train, files, tmp_path / "whole", "--auto_batch")
+    size = chosen(tmp_path / "whole")["micro_batch"]
+    assert size == 6
+    step = transformers.Trainer.training_step
+    raised = []
+
+    def small(trainer: Any, model: Any, inputs: Any, *values: Any) -> Any:
+        loss = step(trainer, model, inputs, *values)
+        # After the backward pass of the third step: its gradients must not count.
+        if trainer.state.global_step == 2 and len(inputs["labels"]) > 2:
+            raised.append(len(inputs["labels"]))
+            raise torch.OutOfMemoryError("simulated")
+        return loss
+
+    monkeypatch.setattr(transformers.Trainer, "training_step", small)
+    found = run(train, files, tmp_path / "halved", "--auto_batch")
+    assert raised
+    assert "out of memory in step 3; it is computed again" in capsys.readouterr().out
+    assert chosen(tmp_path / "halved")["micro_batch"] < size
+    assert_same(found, expected)
+
+
+def test_auto_batch_starts_with_the_largest_that_fits(
+    train: ModuleType, files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+    import transformers
+
+    step = transformers.Trainer.training_step
+
+    def small(trainer: Any, model: Any, inputs: Any, *values: Any) -> Any:
+        if len(inputs["labels"]) > 4:
+            raise torch.OutOfMemoryError("simulated")
+        return step(trainer, model, inputs, *values)
+
+    monkeypatch.setattr(transformers.Trainer, "training_step", small)
+    run(train, files, tmp_path / "out", "--auto_batch", "--share_prompt", "never")
+    assert chosen(tmp_path / "out")["micro_batch"] == 4
+
+
+def test_without_auto_batch_the_end_of_memory_is_said_in_words(
+    train: ModuleType,
+    files: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    import torch
+    import transformers
+
+    def none(trainer: Any, *_: Any) -> Any:
+        raise torch.OutOfMemoryError("simulated")
+
+    monkeypatch.setattr(transformers.Trainer, "training_step", none)
+    with pytest.raises(SystemExit) as end:
+        run(train, files, tmp_path / "out")
+    assert end.value.code == 1
+    assert "error: out of memory in step 1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("fits", [True, False])
+def test_activation_checkpointing_only_where_the_longest_rows_do_not_fit(
+    train: ModuleType, monkeypatch: pytest.MonkeyPatch, fits: bool
+) -> None:
+    trainer = SimpleNamespace(speed=train.Speed(sort=True, micro_batch=2, prompt_tokens=30))
+    switched = []
+    monkeypatch.setattr(train, "fits", lambda *_: fits)
+    monkeypatch.setattr(train, "set_checkpointing", lambda _, on: switched.append(on))
+    train.choose_memory(trainer, [{}] * 6, auto_batch=False, checkpointing=True)
+    assert trainer.speed.activation_checkpointing == (not fits) == bool(switched)
+    assert trainer.speed.prompt_tokens == (30 if fits else 0)
+
+
+# --- fallbacks -------------------------------------------------------------------------------
+
+
+def test_another_loss_than_the_models_own_falls_back(
+    train: ModuleType,
+    files: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    build = train.build_trainer
+
+    def build_with_wrong_head(*values: Any, **options: Any) -> Any:
+        trainer = build(*values, **options)
+        head = trainer.model.get_base_model().get_output_embeddings()
+        # A head that looks at the whole sequence, as no compact one can.
+        head.register_forward_hook(lambda _, states, out: out + states[0].shape[0])
+        forward = head.forward
+        head.forward = lambda states: forward(states) * (1 + states.shape[0] / 10)
+        return trainer
+
+    monkeypatch.setattr(train, "build_trainer", build_with_wrong_head)
+    run(train, files, tmp_path / "out", "--max_steps", "1")
+    assert "speed: not logits at supervised tokens only: the loss" in capsys.readouterr().out
+    assert not chosen(tmp_path / "out")["labelled_only"]
+    assert chosen(tmp_path / "out")["sort"]
+
+
+def test_lora_on_the_head_is_refused_in_words(
+    train: ModuleType, files: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    with pytest.raises(SystemExit):
+        run(train, files, tmp_path / "out", "--lora_target_modules", "lm_head")
+    assert "lm_head" in capsys.readouterr().err
+
+
+def test_rows_without_padding_where_attention_keeps_them_apart(
+    train: ModuleType,
+    files: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    """On a CPU sdpa finds the rows by their positions, as flash attention by their lengths."""
+    never = ("--share_prompt", "never")
+    expected = run(train, files, tmp_path / "padded", *never)
+    monkeypatch.setattr(train, "is_varlen", lambda _: True)
+    found = run(train, files, tmp_path / "packed", *never)
+    assert chosen(tmp_path / "packed")["packed"]
+    assert_same(found, expected)
+    pack = train.collate_packed
+
+    def leak(rows: list[dict[str, Any]]) -> dict[str, Any]:
+        kept = ("input_ids", "labels")
+        return {name: value for name, value in pack(rows).items() if name in kept}
+
+    monkeypatch.setattr(train, "collate_packed", leak)
+    capsys.readouterr()
+    run(train, files, tmp_path / "leak", *never, "--max_steps", "1")
+    assert "speed: not rows without padding: the loss" in capsys.readouterr().out
+    assert not chosen(tmp_path / "leak")["packed"]
+
+
+def test_with_dropout_the_prompt_is_shared_only_where_it_is_asked_for(
+    train: ModuleType, files: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    dropout = ["--lora_dropout", "0.1", "--max_steps", "1"]
+    run(train, files, tmp_path / "auto", *dropout)
+    assert "--lora_dropout 0 or --share_prompt always" in capsys.readouterr().out
+    assert not chosen(tmp_path / "auto")["prompt_tokens"]
+    run(train, files, tmp_path / "always", *dropout, "--share_prompt", "always")
+    assert chosen(tmp_path / "always")["prompt_tokens"] > 20
+
+
+# --- resume ----------------------------------------------------------------------------------
+
+
+def test_a_resumed_run_computes_as_its_first_start_chose(
+    train: ModuleType, files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(train, files, tmp_path / "out", "--max_steps", "3")
+    first = chosen(tmp_path / "out")
+    assert first["prompt_tokens"]
+
+    def measure(*_: Any) -> None:
+        raise AssertionError("a resumed run measures nothing")
+
+    monkeypatch.setattr(train, "measure_speed", measure)
+    run(train, files, tmp_path / "out", "--max_steps", "6")
+    assert chosen(tmp_path / "out") == first
+
+
+def test_a_run_of_an_older_version_goes_on_as_it_was(
+    train: ModuleType, files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        stock(patch, train)
+        expected = run(train, files, tmp_path / "whole", "--max_steps", "6")
+        run(train, files, tmp_path / "out", "--max_steps", "3", "--save_steps", "3")
+    contract = json.loads((tmp_path / "out/contract.json").read_text())
+    del contract["training"]["speed"]
+    for name in ("attn_implementation", "auto_batch", "share_prompt"):
+        del contract["arguments"][name]
+    (tmp_path / "out/contract.json").write_text(json.dumps(contract))
+    found = run(train, files, tmp_path / "out", "--max_steps", "6", "--save_steps", "3")
+    losses = [[entry["loss"] for entry in log if "loss" in entry] for log in (found, expected)]
+    assert losses[0] == losses[1]
+    assert "speed" not in json.loads((tmp_path / "out/contract.json").read_text())["training"]
+
+
+# --- supervision -----------------------------------------------------------------------------
+
+
+def test_a_row_without_an_answer_ends_the_start(
+    train: ModuleType, tmp_path: Path, files: Path, capsys: pytest.CaptureFixture
+) -> None:
+    tokenizer = tiny.save_tokenizer(tmp_path)
+    end = tokenizer.eos_token_id
+    examples = [{"labels": [-100, *tokenizer(" hate")["input_ids"], end]}, {"labels": [-100, end]}]
+    with pytest.raises(SystemExit) as stop:
+        train.check_supervision(tokenizer, [{"id": "a"}, {"id": "b"}], examples)
+    assert stop.value.code == 2
+    message = capsys.readouterr().err
+    assert "row b trains on no answer" in message and "'<|end|>' (1)" in message
+
+
+def test_labels_that_the_trainer_cut_end_the_start(
+    train: ModuleType, capsys: pytest.CaptureFixture
+) -> None:
+    rows = [{"labels": [-100, 5, 6]}, {"labels": [-100, 7]}]
+    kept = SimpleNamespace(train_dataset={"labels": [[-100, 5], [-100, 7]]})
+    with pytest.raises(SystemExit):
+        train.check_kept_labels(kept, rows)
+    assert "3 supervised tokens, and 2 of them" in capsys.readouterr().err
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_the_choices_are_measured_there(
+    train: ModuleType, files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    found = run(train, files, tmp_path / "fast", "--auto_batch")
+    assert not chosen(tmp_path / "fast")["activation_checkpointing"]
+    assert chosen(tmp_path / "fast")["micro_batch"] == 6
+    stock(monkeypatch, train)
+    expected = run(train, files, tmp_path / "stock")
+    losses = [[entry["loss"] for entry in log if "loss" in entry] for log in (found, expected)]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-2)
