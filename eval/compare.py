@@ -2034,6 +2034,7 @@ def build_strategy(
         return entry | {"overall": None, "groups": dict.fromkeys(sample.members), "bias": None}
     everything = np.ones(len(sample.truth), dtype=bool)
     overall = build_figures(sample, name, everything)
+    overall["per_label"] = build_per_label(sample, name)
     groups = {
         group: build_figures(sample, name, posts)
         | (group_auc(sample, name, group) if group != NO_TARGET else {})
@@ -2069,6 +2070,29 @@ def build_strategy(
         if name in sample.varied
         else None,
     }
+
+
+def build_per_label(sample: Sample, strategy: str) -> dict[str, Any]:
+    """Precision, recall and F1 of each label against all others, over the parsed answers."""
+    import numpy as np
+
+    answers = sample.predicted[strategy]
+    found = {}
+    for index, label in enumerate(sample.labels):
+        truth, said = sample.truth[answers >= 0] == index, answers[answers >= 0] == index
+        hits = int(np.sum(truth & said))
+        found[label] = {
+            "n": int(truth.sum()),
+            "precision": share(hits, int(said.sum()), "none predicted"),
+            "recall": share(hits, int(truth.sum()), f"no {label} posts"),
+            "f1": dice(
+                hits,
+                int(truth.sum() + said.sum()) - 2 * hits,
+                f"no {label} posts and none predicted",
+                len(truth),
+            ),
+        }
+    return found
 
 
 def add_interval(figure: dict[str, Any], found: dict[str, Any]) -> None:

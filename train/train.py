@@ -1251,7 +1251,7 @@ def build_plain_data(
             **learn_prompt(train),
             "answer": answer,
         }
-        read_strategy(rows, strategy, labels, origin)
+        fill_from_prompts(rows, strategy, labels, origin)
         shape = "a system message and a user's" if strategy["system"] else "one message"
         print(
             f"{origin}: {len(train)} rows of a prompt ({shape}) and an answer in the form "
@@ -4383,7 +4383,8 @@ def record_cells(args: argparse.Namespace, data: Data) -> list[dict[str, Any]] |
     drawn = [float(count) for count in counts]
     if args.sampler != "shuffle":
         drawn = [sum(counts) / len(counts)] * len(counts)
-    used = [f"--{name} {value}" for name, value in vars(args).items() if name in BALANCES]
+    asked = (("reweight", args.reweight, "none"), ("sampler", args.sampler, "shuffle"))
+    used = [f"--{name} {value}" for name, value, default in asked if value != default]
     print(f"{', '.join(used)}: {len(cells)} cells of groups and label", flush=True)
     record = []
     for cell, weight, draws in zip(cells, weights, drawn, strict=True):
@@ -4403,9 +4404,6 @@ def record_cells(args: argparse.Namespace, data: Data) -> list[dict[str, Any]] |
             }
         )
     return record
-
-
-BALANCES = ("reweight", "sampler")
 
 
 def balance_rows(args: argparse.Namespace, trainer: Any, rows: list[dict[str, Any]]) -> None:
@@ -5326,7 +5324,7 @@ def as_turns(row: dict[str, Any], key: str) -> list[dict[str, str]]:
     return [{"role": role, "content": value}] if isinstance(value, str) else value
 
 
-def read_strategy(
+def fill_from_prompts(
     rows: list[dict[str, Any]], strategy: dict[str, str] | None, labels: list[str], origin: str
 ) -> None:
     """Give rows with prompts of their own the `text` and `label` that their prompt speaks of.
