@@ -8505,11 +8505,13 @@ def fill_from_prompts(
         )
         if not isinstance(row.get("text"), str) or row["text"] not in said:
             row["text"] = said[len(head) : len(said) - len(tail)] if framed else said
-        if "label" not in row:
-            answer = strategy["answer"] if strategy else "{label}"
-            row["label"] = parse_answer(answer, row["completion"][0]["content"].strip(), labels)
-            if row["label"] is None:
-                unread.append(row)
+        answer = strategy["answer"] if strategy else "{label}"
+        named = parse_answer(answer, row["completion"][0]["content"], labels)
+        label = row.setdefault("label", named)
+        if label is None:
+            unread.append(row)
+        elif named is not None and named != label:
+            fail(f"{origin}: the row {row['id']} is labelled {label}, and its answer says {named}.")
     if unread:
         fail(
             f"{origin}: the answers of {len(unread)} rows, such as the one with the id "

@@ -232,6 +232,22 @@ def test_flags_that_contradict_the_model_are_refused(
     assert not (tmp_path / "out" / "adapter_model.safetensors").exists()
 
 
+@pytest.mark.parametrize(("kind", "most"), [("bert", 512), ("roberta", 513), ("gpt2", 512)])
+def test_a_length_beyond_a_bases_positions_is_refused(
+    train: ModuleType, files: Path, capsys: pytest.CaptureFixture, kind: str, most: int
+) -> None:
+    """The tiny RoBERTa has 514 positions and counts from behind its pad token, whose id is 0."""
+    repo = train.open_repo(str(base_of(files, kind)), "model")
+    config = train.read_base_config(repo)
+    train.check_positions(argparse.Namespace(max_length=most), repo, config)
+    with pytest.raises(SystemExit):
+        train.check_positions(argparse.Namespace(max_length=most + 1), repo, config)
+    assert f"Say --max_length {most} or less" in capsys.readouterr().err
+    llama = train.open_repo(str(base_of(files, "llama")), "model")
+    long = argparse.Namespace(max_length=4096)
+    train.check_positions(long, llama, train.read_base_config(llama))
+
+
 def test_experts_that_four_bits_do_not_touch_are_named(
     train: ModuleType, files: Path, capsys: pytest.CaptureFixture
 ) -> None:
@@ -629,6 +645,11 @@ def chat(*roles: str) -> dict[str, Any]:
         ),
         ([{"text": "a", "label": "hate"}], ["--labels", "hate"], "give two labels or more"),
         (
+            [{"prompt": "a", "completion": "hate", "label": "normal"}],
+            [],
+            "is labelled normal, and its answer says hate",
+        ),
+        (
             [{"text": "a", "label": "hate"}, {"text": "a", "label": "odd"}],
             [],
             "unknown labels ['odd']",
@@ -667,6 +688,8 @@ def test_a_few_posts_that_begin_alike_do_not_become_a_prompt(train: ModuleType) 
     assert learn([f"Post: {number}?" for number in range(10)]) == "Post: {text}?"
     assert learn(["A b C"], text="b") == "A {text} C"
     assert learn([f"{{text}} {number}" for number in range(10)]) == "{text}"
+    answers = [f"{label}: {secret}" for label in ("hate", "normal")]
+    assert train.learn_answer(answers, ["normal", "hate"])[0] == "{label}: {rationale}"
 
 
 def test_labels_of_the_user_beat_the_usual_ones(

@@ -138,6 +138,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "warmup_steps": 0.05,
         "lr_scheduler_type": "cosine",
         "report_to": ["wandb"],
+        "sample_steps": 100,
     },
     # The recipe of the source: LoRA on GPT-2, one epoch, the last weights.
     "gpt2_twitter": {
@@ -450,6 +451,7 @@ def train(argv: list[str] | None, stop: Stop) -> None:
     base = open_base(args, earlier)
     config = read_base_config(base)
     device = check_device(count_parameters(config), args.allow_cpu, training_job(argv))
+    check_positions(args, base, config)
     precision = choose_precision(args, device, earlier)
     tokenizer = load_tokenizer(base)
     contract = build_contract(args, data, base, tokenizer, precision, earlier)
@@ -1325,8 +1327,11 @@ def learn_answer(answers: list[str], known: list[str]) -> tuple[str, set[str]]:
             re.fullmatch(rf"{re.escape(head)}({names})(\W.*)", one, re.DOTALL) for one in different
         ]
         if all(found):
-            mark, end = common_ends([match[2] for match in found])
-            if mark:
+            rests = [match[2] for match in found]
+            # What a few have in common may be of a post, and the template is published.
+            few = len(different) < 10
+            mark, end = (re.match(r"\W*", rests[0])[0], "") if few else common_ends(rests)
+            if mark and all(rest.startswith(mark) for rest in rests):
                 return f"{head}{{label}}{mark}{{rationale}}{end}", {match[1] for match in found}
     if len(different) > MOST_LABELS:
         fail(
@@ -1575,6 +1580,31 @@ def open_base(args: argparse.Namespace, earlier: dict[str, Any] | None) -> Repo:
     if earlier:
         revision = earlier["base_model"]["revision"]
     return open_repo(f"{name}@{revision}" if revision else name, "model")
+
+
+def check_positions(args: argparse.Namespace, base: Repo, config: Any) -> None:
+    """End where --max_length is more than a base with learned positions has of them."""
+    import torch
+    from transformers import AutoModel
+
+    text = config.get_text_config()
+    limit = getattr(text, "max_position_embeddings", None)
+    if not limit or getattr(text, "rope_parameters", None) or args.max_length <= limit - 2:
+        return
+    with torch.device("meta"):
+        tables = [
+            module
+            for module in AutoModel.from_config(config).modules()
+            if isinstance(module, torch.nn.Embedding) and module.num_embeddings == limit
+        ]
+    # RoBERTa counts from behind the id of its pad token.
+    pads = [module.padding_idx for module in tables if module.padding_idx is not None]
+    used = max(pads, default=-1) + 1
+    if tables and args.max_length > limit - used:
+        fail(
+            f"--max_length {args.max_length}: {base.name} has positions for {limit - used} tokens. "
+            f"Say --max_length {limit - used} or less."
+        )
 
 
 def training_job(argv: list[str] | None) -> str:
@@ -3814,7 +3844,7 @@ class Watch:
     say: Callable[[str], None]
     reached: int = -1  # the training step that W&B already has
     newest: dict[str, Any] = field(default_factory=dict)
-    tables: bool = True  # W&B has taken every table so far
+    tables: bool = False  # W&B is reported to, and has taken every table so far
 
     def follow_evaluation(self, diverge: Callable[[str], NoReturn]) -> None:
         """Add the figures of the label scores to those of the trainer's evaluation loop."""
@@ -4035,6 +4065,7 @@ def build_watch(
         [(row["text"], encode(row)) for row in shown] if args.sample_steps else [],
         args.seed,
         say,
+        tables="wandb" in args.report_to,
     )
 
 
@@ -5344,11 +5375,13 @@ def fill_from_prompts(
         )
         if not isinstance(row.get("text"), str) or row["text"] not in said:
             row["text"] = said[len(head) : len(said) - len(tail)] if framed else said
-        if "label" not in row:
-            answer = strategy["answer"] if strategy else "{label}"
-            row["label"] = parse_answer(answer, row["completion"][0]["content"].strip(), labels)
-            if row["label"] is None:
-                unread.append(row)
+        answer = strategy["answer"] if strategy else "{label}"
+        named = parse_answer(answer, row["completion"][0]["content"], labels)
+        label = row.setdefault("label", named)
+        if label is None:
+            unread.append(row)
+        elif named is not None and named != label:
+            fail(f"{origin}: the row {row['id']} is labelled {label}, and its answer says {named}.")
     if unread:
         fail(
             f"{origin}: the answers of {len(unread)} rows, such as the one with the id "
