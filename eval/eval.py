@@ -308,6 +308,8 @@ def check_report_flags(args: argparse.Namespace) -> None:
         fail(f"--space {args.space} is no Hub id; write USER/NAME.")
     if args.profile and args.threshold != 0.5:
         fail("--profile and --threshold both decide: leave one out.")
+    if args.profile and args.mode == "generate":
+        fail("--profile is of scores; --mode generate decides by written answers. Leave one out.")
     if args.profile and (args.predictions or args.base_only):
         fail("--profile is of an adapter; leave it out.")
     if args.identity_terms and not args.identity_swap:
@@ -338,8 +340,8 @@ def check_posts_source(args: argparse.Namespace) -> None:
         check_predictions_flags(args)
         return
     for name in (*(f"{key}_column" for key in COLUMNS if key != "text"), "labels", "label_map"):
-        if vars(args)[name]:
-            fail(f"--{name} says how to read --predictions, which is not given.")
+        if vars(args)[name] and not args.against:
+            fail(f"--{name} says how to read --predictions or --against; neither is given.")
     if args.dataset_config == "hatecheck" and not args.dataset_repo:
         args.dataset_repo = f"{own_namespace()}/hsd-hatecheck"
     named = args.dataset_repo or kinds
@@ -396,7 +398,7 @@ def main(argv: list[str] | None = None) -> None:
     base = pick_base(args, contract)
     name, target = name_output(args, contract, adapter)
     against = read_against(args)
-    key = evaluation_key(args, contract, adapter, base, dataset, against)
+    key = evaluation_key(args, contract, adapter, base, dataset, against, profile)
     ad_hoc = is_ad_hoc(args)
     if not ad_hoc and (metrics := answer_from_files(args, key, adapter, name, target, pushes)):
         end_with_gates(metrics)
@@ -434,7 +436,7 @@ def main(argv: list[str] | None = None) -> None:
         show_posts(args, task, posts, target)
         return
     strategies = answer_strategies(args, task, posts, training, no_training)
-    strategies[1:1] = [align_run(run, posts) for run in against]
+    strategies[1:1] = rivals
     metrics, sample = build_metrics(args, task, posts, strategies, probes, profile)
     record |= build_record(args, contract, [adapter, base, dataset], task, metrics)
     record |= {"name": name, "key": key, "device": device_name(device), "profile": profile}
@@ -539,6 +541,9 @@ def report_predictions(args: argparse.Namespace) -> dict[str, Any]:
     if args.space:
         check_space(args)
     first = runs[0]
+    follows = follows_threshold(first, args.threshold)
+    if not follows and args.threshold != 0.5:
+        fail("--threshold has no effect: the file brings its own decisions. Leave it out.")
     name, target = name_output(args, {}, None)
     task = Task(first.name, first.labels, first.positive, [], None, 0, "", "")
     posts = posts_of_run(first)
@@ -557,13 +562,18 @@ def report_predictions(args: argparse.Namespace) -> dict[str, Any]:
         *(align_run(run, posts) for run in against),
         *answer_baselines(task, posts, training, no_training),
     ]
+    check_columns_there(posts, args.slice_by or [])
     metrics, sample = build_metrics(args, task, posts, strategies, None)
+    if not follows:
+        metrics["threshold"] = None
     place = Path(args.predictions).expanduser()
     file = {"file": place.name, "sha256": None}
     if place.is_file():
         file["sha256"] = hashlib.sha256(place.read_bytes()).hexdigest()
     record = build_record(args, {}, [None, None, dataset], task, metrics)
     record |= {"name": name, "predictions": file, "rendering": None}
+    if (target / CONTRACT).is_file():
+        print(f"replaces an earlier report in {target}", flush=True)
     with draft_folder(target) as draft:
         write_files(draft, args, task, posts, metrics, sample, record)
         publish_draft(draft, target, output_files(args))
@@ -573,6 +583,16 @@ def report_predictions(args: argparse.Namespace) -> dict[str, Any]:
         log_to_wandb(args, target, metrics, record, posts)
     send_report(args, None, name, target, None, False)
     return metrics
+
+
+def follows_threshold(run: Answered, threshold: float) -> bool:
+    """Whether a run's decisions are those that the threshold makes of its scores."""
+    if run.scores is None or len(run.labels) > 2:
+        return False
+    return all(
+        (label == run.positive) == (score >= threshold) and label is not None
+        for label, score in zip(run.predicted, run.scores, strict=True)
+    )
 
 
 def reading_options(args: argparse.Namespace) -> dict[str, Any]:
@@ -587,10 +607,17 @@ def reading_options(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def read_against(args: argparse.Namespace) -> list[Answered]:
-    """The runs that --against names; their columns go by the known names."""
-    options = {"labels": args.labels or LABELS, "label_map": args.label_map, "threshold": 0.5}
-    options["positive"] = args.positive_label or options["labels"][-1]
+def read_against(args: argparse.Namespace, contract: dict[str, Any]) -> list[Answered]:
+    """The runs that --against names; their labels are the adapter's where no flag says others."""
+    options = reading_options(args) | {"threshold": 0.5}
+    options["labels"] = args.labels or contract.get("labels") or LABELS
+    known = contract.get("positive_label")
+    options["positive"] = args.positive_label or (
+        known if known in options["labels"] else options["labels"][-1]
+    )
+    if args.predictions:
+        # The flags name the columns of that file.
+        options |= dict.fromkeys(COLUMNS)
     return [run for place in args.against or [] for run in read_runs(place, "test", options)]
 
 
@@ -636,8 +663,17 @@ def align_run(run: Answered, posts: list[dict[str, Any]], kind: str = "against")
         return found
 
     wanted, there = places([post["id"] for post in posts]), places(run.ids)
-    if not wanted.keys() & there.keys() and run.texts:
-        wanted, there = places([post["text"] for post in posts]), places(run.texts)
+    texts = [post["text"] for post in posts]
+    if run.texts and None not in texts:
+        # Row numbers serve as ids where a file has none: the texts say whether they are the same.
+        known = [plain_cell(text) for text in run.texts]
+        same = [
+            known[there[key]] == plain_cell(text)
+            for key, text in zip(wanted, texts, strict=True)
+            if key in there
+        ]
+        if not same or not all(same):
+            wanted, there = places([plain_cell(text) for text in texts]), places(known)
     missing = len(wanted.keys() - there.keys())
     if missing:
         reason = f"it has no answer to {missing} of the {len(posts)} posts"
@@ -3270,7 +3306,8 @@ def build_figures(sample: Sample, strategy: str, posts: Any, decided: Any = None
         "false_positive_rate": share(fp, fp + tn, no_negative),
         "false_negative_rate": share(fn, fn + tp, no_positive),
         "flag_rate": share(tp + fp, n, "no posts"),
-        f"f1_{positive}": dice(tp, fp + fn, f"no {positive} posts and none predicted", n),
+        f"f1_{positive}": dice(tp, fp + fn, f"no {positive} posts and none predicted", n)
+        | {"least": tp + fn},
         "balanced_accuracy": number(figures["balanced_accuracy"], n, over_labels),
         "f1_macro": number(figures["f1_macro"], n, over_labels),
         "f1_weighted": number(figures["f1_weighted"], n, "no posts"),
@@ -3330,7 +3367,7 @@ def score_figures(sample: Sample, scores: Any, posts: Any) -> dict[str, Any]:
     if hits == n:
         reason = f"no {name_of_negative(sample.labels, positive)} posts"
     return {
-        "roc_auc": number(area, n, reason),
+        "roc_auc": number(area, n, reason) | {"least": min(hits, n - hits)},
         "average_precision": number(precision, n, reason),
         "brier": number(float(((p - truth) ** 2).mean()), n, ""),
         "ece": number(error, n, ""),
@@ -3358,6 +3395,17 @@ def group_auc(sample: Sample, strategy: str, group: str) -> dict[str, Any]:
             figure["reason"] = reason
         figures[key] = figure
     return figures
+
+
+def has_enough(sample: Sample, group: str, key: str) -> bool:
+    """Whether both sides of a group's AUC have the least number of posts."""
+    inside, positive = sample.members[group], sample.positives
+    high, low = {
+        "roc_auc": (positive & inside, ~positive & inside),
+        "bpsn_auc": (positive & ~inside, ~positive & inside),
+        "bnsp_auc": (positive & inside, ~positive & ~inside),
+    }[key]
+    return min(high.sum(), low.sum()) >= MIN_DENOMINATOR
 
 
 def build_strategy(
@@ -3488,10 +3536,13 @@ def build_bias(
                 entry[key]["low"] = 0.0
         entry[key]["left_out"] = [group for group in sample.groups if group not in enough]
     for key in ("roc_auc", "bpsn_auc", "bnsp_auc"):
-        values = [groups[group][key]["value"] for group in sample.groups]
+        values = [
+            groups[group][key]["value"] if has_enough(sample, group, key) else None
+            for group in sample.groups
+        ]
         known = [value for value in values if value is not None]
         value = float(power_mean(known)) if known else None
-        entry["power_means"][key] = number(value, len(known), "no group has this AUC") | {
+        entry["power_means"][key] = number(value, len(known), NO_AUC) | {
             "left_out": [
                 group for group, value in zip(sample.groups, values, strict=True) if value is None
             ]
@@ -3516,6 +3567,7 @@ def difference_p(
 
 
 NO_ERROR = "no group has such an error"
+NO_AUC = f"no group has {MIN_DENOMINATOR} posts on both sides"
 TOO_FEW_GROUPS = f"fewer than two groups have {MIN_DENOMINATOR} posts to count"
 
 
@@ -3790,7 +3842,11 @@ def rank_some(
             for index, place in enumerate(places):
                 found[name, place, "ece"] = away[:, index]
             for key in ("roc_auc", "bpsn_auc", "bnsp_auc"):
-                each = [found[name, group, key] for group in sample.groups if (group, key) in sides]
+                each = [
+                    found[name, group, key]
+                    for group in sample.groups
+                    if (group, key) in sides and has_enough(sample, group, key)
+                ]
                 if each:
                     found[name, "mean", key] = power_mean(each)
         for first, second in pairs:
@@ -4027,6 +4083,12 @@ def check_columns_there(posts: list[dict[str, Any]], names: list[str]) -> None:
         if name not in there:
             fail(
                 f"--slice_by {name}: the posts have no such column. There are: {', '.join(there)}."
+            )
+        values = {str(post["columns"].get(name, "")) for post in posts}
+        if len(values) > MOST_SLICES:
+            fail(
+                f"--slice_by {name}: it has {len(values)} values, and {MOST_SLICES} at most make "
+                "slices. Name a column of kinds."
             )
 
 
@@ -5312,6 +5374,8 @@ def report_probes(
 
 # Characters, from and below.
 LENGTHS = {"under 50": (0, 50), "50 to 150": (50, 151), "over 150": (151, math.inf)}
+# What holds posts, or names one: never a slice, because slices' names are pushed.
+TEXT_COLUMNS = ("id", "text", "prompt", "completion", "rationale", "messages", "case_templ")
 # With more values than this a column tells posts apart rather than kinds of posts.
 MOST_SLICES = 30
 
@@ -5332,7 +5396,9 @@ def describe_posts(posts: list[dict[str, Any]], columns: list[dict[str, Any]]) -
             most = Counter(votes).most_common(1)[0][1]
             agreement = "unanimous" if most == len(votes) else f"{most} of {len(votes)}"
         post["columns"] = {
-            name: value for name, value in row.items() if isinstance(value, (str, int, float))
+            name: value
+            for name, value in row.items()
+            if isinstance(value, (str, int, float)) and name not in TEXT_COLUMNS
         }
         known = post["columns"]
         # An evaluation's own file has these without text or votes.
@@ -6088,6 +6154,8 @@ def name_variant(args: argparse.Namespace, contract: dict[str, Any]) -> list[str
         four: four,
         str(args.dataset_config): args.dataset_config,
         f"profile-{args.profile}": args.profile,
+        "evasion": args.evasion,
+        "identity_swap": args.identity_swap,
     }
     return [word for word, said in words.items() if said]
 
@@ -6130,10 +6198,11 @@ def evaluation_key(
     base: Repo,
     dataset: Repo | None,
     against: list[Answered],
+    profile: dict[str, Any] | None,
 ) -> str:
     """A hash of everything that decides an evaluation's scores and report."""
     loose = ("output_dir", "push", "allow_public", "fresh", "config_file", "save_minutes")
-    # Where else the report goes, and what is asked of its figures.
+    # Where else the report goes.
     loose += ("space", "report_to", "card")
     # Known by their content, so that @revision, a branch or a moved folder make no difference.
     loose += ("adapter", "model_name_or_path", "model_revision", "dataset_repo")
@@ -6141,6 +6210,7 @@ def evaluation_key(
     today = None if contract else datetime.now(UTC).date().isoformat()
     parts: list[Any] = [without_paths(fixed), contract, today, key_of_weights(adapter, base)]
     parts.append(dataset and fingerprint(dataset))
+    parts.append(profile and {name: value for name, value in profile.items() if name != "created"})
     parts += [[run.name, run.ids, run.predicted, run.scores] for run in against]
     for path in (args.identity_terms, args.card_fields):
         if path and (file := Path(path).expanduser()).is_file():
@@ -6192,7 +6262,7 @@ def answer_from_files(
     if args.report_to == "wandb":
         record = json.loads((target / CONTRACT).read_text(encoding="utf-8"))
         log_to_wandb(args, target, metrics, record, [])
-    send_report(args, adapter, name, target, None, pushes and not there)
+    send_report(args, adapter, name, target, None, pushes and (not there or args.card is True))
     return metrics
 
 
@@ -6259,9 +6329,21 @@ def updates_card(args: argparse.Namespace) -> bool:
     """Whether the evaluation is the one that the model card is to show."""
     if args.card is not None:
         return args.card
-    variants = (args.test_file, args.dataset_repo, args.base_only, args.max_samples, args.prompt)
+    variants = (args.load_in_4bit, args.dataset_config, args.model_name_or_path, args.keep_mxfp4)
+    variants += (args.test_file, args.dataset_repo, args.base_only, args.max_samples, args.prompt)
     usual = args.mode == "score" and args.split == "test" and args.dtype == "auto"
     return usual and not any(variants) and args.threshold == 0.5 and args.max_length is None
+
+
+def keep_card_fields(section: str, card: str) -> str:
+    """A section in which fields that are not stated now read as in the card's earlier section."""
+    earlier = card[card.find(CARD_BEGIN) :] if CARD_BEGIN in card else ""
+    for title in CARD_FIELDS.values():
+        row = re.compile(rf"(?m)^\| {re.escape(title)}\s*\| (.*?)\s*\|$")
+        now, before = row.search(section), row.search(earlier)
+        if now and before and now[1] == "not stated":
+            section = section[: now.start()] + before[0] + section[now.end() :]
+    return section
 
 
 def new_card(args: argparse.Namespace, card: bytes, folder: Path) -> bytes:
@@ -6271,6 +6353,7 @@ def new_card(args: argparse.Namespace, card: bytes, folder: Path) -> bytes:
         for file in ("metrics.json", CONTRACT)
     )
     section = build_card_section(metrics, record, read_card_fields(args.card_fields))
+    section = keep_card_fields(section, text)
     text = card.decode("utf-8", "surrogateescape")
     return update_card(text, section, metrics, record).encode("utf-8", "surrogateescape")
 
@@ -6590,7 +6673,8 @@ def sweep(metrics: dict[str, Any]) -> Callable[[Any], None]:
             if key in found:
                 values = [math.nan if value is None else value for value in found[key]]
                 axis.plot(found["threshold"], values, style, color=colour, lw=1.5, label=name)
-        axis.axvline(metrics["threshold"], color="#57606a", lw=1, ls=":")
+        if metrics["threshold"] is not None:
+            axis.axvline(metrics["threshold"], color="#57606a", lw=1, ls=":")
         axis.set(xlim=(0, 1), ylim=(0, 1.02), xlabel="threshold of p")
         axis.grid()
         axis.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=3, fontsize=8)
@@ -6656,8 +6740,9 @@ def shown(key: str, figure: dict[str, Any], least: int = 0) -> str:
     """
     if figure["value"] is None:
         return f"undefined ({visible(figure['reason'], 100)})"
-    if figure["n"] < least:
-        return f"insufficient ({figure['n']} posts)"
+    counted = figure.get("least", figure["n"])
+    if counted < least:
+        return f"insufficient ({counted} posts)"
     scale, digits, unit = (100, 1, " %") if key in RATES else (1, 3, "")
     text = f"{scale * figure['value']:.{digits}f}{unit}"
     if figure["low"] is None:
@@ -7077,7 +7162,7 @@ def describe_run(metrics: dict[str, Any], record: dict[str, Any]) -> list[tuple[
         )
 
     threshold = metrics["threshold"]
-    rule = "the likeliest label"
+    rule = "as the file decides" if record["predictions"] else "the likeliest label"
     if threshold is not None:
         rule = f"{metrics['positive_label']} from p = {threshold:.6g} on"
     if record["profile"]:
@@ -7289,9 +7374,7 @@ def list_errors(posts: list[dict[str, Any]], task: Task, with_text: bool) -> lis
         if post["prediction"] == post["label"] or post["prediction"] is None:
             continue
         p = (post["probabilities"] or {}).get(task.positive)
-        confidence = None
-        if p is not None:
-            confidence = p if post["prediction"] == task.positive else 1 - p
+        confidence = (post["probabilities"] or {}).get(post["prediction"])
         kind = "other"
         if task.positive in (post["label"], post["prediction"]):
             kind = "false negative" if post["label"] == task.positive else "false positive"
@@ -7807,6 +7890,7 @@ def check_space(args: argparse.Namespace) -> None:
 
     api, name = HfApi(), args.space
     with hub_errors(f"write to the Space {name}"):
+        new = not api.repo_exists(name, repo_type="space")
         api.create_repo(name, repo_type="space", space_sdk="static", private=True, exist_ok=True)
         info = api.repo_info(name, repo_type="space")
         files, front = {file.rfilename for file in info.siblings or []}, ""
@@ -7817,7 +7901,7 @@ def check_space(args: argparse.Namespace) -> None:
         fail(f"the Space {name} is public. Make it private, or say --allow_public true.")
     # The Hub starts a Space with the page and the style of a template.
     ours = {".gitattributes", "README.md", "style.css"}
-    ours |= {"index.html"} if SPACE_TITLE in front or "style.css" in files else set()
+    ours |= {"index.html"} if new or SPACE_TITLE in front else set()
     if files - ours:
         listed = ", ".join(sorted(map(visible, files - ours))[:3])
         fail(f"the Space {name} holds other things ({listed}). Name another one.")
@@ -8429,6 +8513,9 @@ def unify_row(row: Any, labels: list[str], name: str, origin: str) -> dict[str, 
     if "messages" in row:
         *row["prompt"], answer = row.pop("messages")
         row["completion"] = [answer]
+    if not {"prompt", "completion"} <= set(row):
+        # A column of that name beside a text and its label means something else.
+        row = {key: value for key, value in row.items() if key not in ("prompt", "completion")}
     for key, role in (("prompt", "user"), ("completion", "assistant")):
         if isinstance(row.get(key), str):
             row[key] = [{"role": role, "content": row[key]}]

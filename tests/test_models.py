@@ -90,7 +90,7 @@ def refusal(main: Callable, capsys: pytest.CaptureFixture, argv: list[str], code
     with pytest.raises(SystemExit) as end:
         main(argv)
     message = capsys.readouterr().err
-    assert end.value.code == code and message.startswith("error: "), message
+    assert end.value.code == code and "error: " in message, message
     return message
 
 

@@ -199,7 +199,11 @@ RESUME_RULES = {
     # The user's wish, and printed: a longer run has another schedule from here on, another
     # evaluation batch another mean of batch means.
     **dict.fromkeys(
-        ("num_train_epochs", "max_steps", "per_device_eval_batch_size", "logging_steps"), FREE
+        (
+            *("num_train_epochs", "max_steps", "per_device_eval_batch_size", "logging_steps"),
+            "activation_checkpointing",  # the same numbers in less memory
+        ),
+        FREE,
     ),
     # Of this start alone.
     **dict.fromkeys(
@@ -1313,23 +1317,27 @@ def learn_answer(answers: list[str], known: list[str]) -> tuple[str, set[str]]:
     """The template that answers have in common, with {label}, and the labels that they name.
 
     Either few different ones, a label each with perhaps the same words around it, or one of the
-    known labels and behind it, after the same mark, a rationale.
+    known labels and behind it, after the same mark, a rationale. Words become part of a template
+    only where ten rows or more have them: a template is published, and no post may get into it.
     """
-    different = sorted(set(answers))
+    different, few = sorted(set(answers)), len(answers) < 10
+
+    def ends(texts: list[str]) -> tuple[str, str]:
+        head, tail = common_ends(texts)
+        return ("", "") if few and re.search(r"\w", head + tail) else (head, tail)
+
     if len(different) <= MOST_LABELS:
-        head, tail = common_ends(different)
+        head, tail = ends(different)
         named = {answer[len(head) : len(answer) - len(tail)] for answer in different}
         if named <= {*known}:
             return f"{head}{{label}}{tail}", named
     names = "|".join(map(re.escape, sorted(known, key=len, reverse=True)))
-    for head in dict.fromkeys((common_ends(different)[0], "")):
+    for head in dict.fromkeys((ends(different)[0], "")):
         found = [
             re.fullmatch(rf"{re.escape(head)}({names})(\W.*)", one, re.DOTALL) for one in different
         ]
         if all(found):
             rests = [match[2] for match in found]
-            # What a few have in common may be of a post, and the template is published.
-            few = len(different) < 10
             mark, end = (re.match(r"\W*", rests[0])[0], "") if few else common_ends(rests)
             if mark and all(rest.startswith(mark) for rest in rests):
                 return f"{head}{{label}}{mark}{{rationale}}{end}", {match[1] for match in found}
@@ -1338,7 +1346,7 @@ def learn_answer(answers: list[str], known: list[str]) -> tuple[str, set[str]]:
             f"the answers are {len(different)} different ones, and not all begin with one of the "
             f"labels {', '.join(known)} and a mark behind it. --labels names others. {DATA_FORMS}"
         )
-    head, tail = common_ends(different)
+    head, tail = ends(different)
     named = {answer[len(head) : len(answer) - len(tail)] for answer in different}
     return (f"{head}{{label}}{tail}", named) if all(named) else ("{label}", set(different))
 
@@ -1480,8 +1488,8 @@ def check_kept_labels(trainer: Any, rows: list[dict[str, Any]]) -> None:
     )
     if before != after:
         fail(
-            f"the training rows have {before} supervised tokens, and {after} of them are left after "
-            "packing or cutting. Raise --max_length, or leave --packing and --truncation_mode out."
+            f"the training rows have {before} supervised tokens, of which packing or cutting left "
+            f"{after}. Raise --max_length, or leave --packing and --truncation_mode out."
         )
 
 
@@ -3020,8 +3028,12 @@ errors, and not the same ones for every group; it is not for unattended removal 
 MICRO_BATCH_COST = 64
 # Below this many parameters a step is mostly overhead, and measuring would choose by noise.
 MEASURED_FROM = 5_000_000
-# The largest difference of a loss that another way of computing it may show, by precision.
-SAME_LOSS = {"float32": 1e-4, "bfloat16": 1e-2}
+# By how much of itself a loss may differ when it is computed in another way: in float32 on a CPU,
+# and where products are rounded to bfloat16 or TF32.
+SAME_LOSS, SAME_ROUNDED_LOSS = 1e-5, 3e-3
+# Bytes of float32 scores, their softmax and their gradients at the supervised tokens of a
+# micro-batch; TRL's own loss computes more of them in pieces.
+MOST_SCORES = 2**31
 
 
 @dataclass
@@ -3102,7 +3114,7 @@ def fast_trainer(kind: type) -> type:
         speed = Speed()
         auto_batch = False
         longest = 0  # tokens of the longest training row
-        prompt: list[int] = []  # noqa: RUF012
+        prompt: tuple[int, ...] = ()
         cache: list[tuple[Any, Any]] | None = None
         counts: list[Any] | None = None
 
@@ -3397,16 +3409,21 @@ def choose_speed(
 ) -> None:
     """Decide how this run computes its steps, and record it; a resumed run takes what stands."""
     training, device = contract["training"], trainer.args.device.type
+    explicit = args.trainer_fields.get("activation_checkpointing")
     if "speed" in training:
         trainer.speed = Speed(**training["speed"])
+        # Another machine may have less memory.
+        if explicit is not None:
+            trainer.speed.activation_checkpointing = explicit
+            trainer.speed.prompt_tokens *= not explicit
     elif resumed:
         # What an older version of this script began has no record: it goes on as it was.
-        explicit = args.trainer_fields.get("activation_checkpointing", device == "cuda")
-        trainer.speed = Speed(activation_checkpointing=explicit)
+        on = device == "cuda" if explicit is None else explicit
+        trainer.speed = Speed(activation_checkpointing=on)
     else:
         chosen = None
         if RANK == 0:
-            measure_speed(args, trainer, training["precision"])
+            measure_speed(args, trainer)
             chosen = asdict(trainer.speed)
         trainer.speed = Speed(**broadcast(chosen))
         training["speed"] = asdict(trainer.speed)
@@ -3442,9 +3459,9 @@ def apply_speed(args: argparse.Namespace, trainer: Any) -> None:
     # The loss of such a step is already that of all its rows.
     trainer.loss_is_scaled_for_ga = True if speed.sort else None
     trainer.longest = max(map(len, trainer.train_dataset["input_ids"]))
-    trainer.prompt = trainer.train_dataset[0]["input_ids"][: speed.prompt_tokens]
+    trainer.prompt = tuple(trainer.train_dataset[0]["input_ids"][: speed.prompt_tokens])
     if speed.attention:
-        trainer.model.get_base_model().set_attn_implementation(speed.attention)
+        set_attention(trainer, speed.attention)
     set_checkpointing(trainer, speed.activation_checkpointing)
     if settings.bf16:
         round_frozen(trainer.model)
@@ -3452,8 +3469,19 @@ def apply_speed(args: argparse.Namespace, trainer: Any) -> None:
         print("--torch_compile: pays after many steps only, and is not combined with the above")
 
 
+def set_attention(trainer: Any, name: str) -> None:
+    """Switch the attention implementation, or end where the model or the machine has none such."""
+    base = trainer.model.get_base_model()
+    try:
+        base.set_attn_implementation(name)
+    except (ImportError, ValueError) as error:
+        fail(f"--attn_implementation {name}: {' '.join(str(error).split())}")
+    if (found := base.config._attn_implementation) != name:
+        fail(f"--attn_implementation {name}: this model stays with {found}.")
+
+
 def round_frozen(model: Any) -> None:
-    """Store frozen linear layers in bfloat16: autocast rounds them so at each use, to the same bits.
+    """Store frozen linear layers in bfloat16, to the very bits that autocast rounds them to.
 
     Not one that shares its weight with an embedding, which autocast leaves as it is.
     """
@@ -3488,7 +3516,7 @@ def set_checkpointing(trainer: Any, on: bool) -> None:
         model.activation_checkpointing_disable()
 
 
-def measure_speed(args: argparse.Namespace, trainer: Any, precision: str) -> None:
+def measure_speed(args: argparse.Namespace, trainer: Any) -> None:
     """Choose what makes a step cheap and leaves its loss as it is, by trying it on a first batch.
 
     No random number is consumed, and no weight or gradient is left changed.
@@ -3499,7 +3527,7 @@ def measure_speed(args: argparse.Namespace, trainer: Any, precision: str) -> Non
     speed = trainer.speed = Speed(activation_checkpointing=settings.activation_checkpointing)
     if args.attn_implementation != "auto":
         speed.attention = args.attn_implementation
-        trainer.model.get_base_model().set_attn_implementation(speed.attention)
+        set_attention(trainer, speed.attention)
     # Trainer's count of tokens and parallelism within a batch need its own batches.
     if settings.torch_compile or settings.include_num_input_tokens_seen != "no":
         return
@@ -3514,9 +3542,9 @@ def measure_speed(args: argparse.Namespace, trainer: Any, precision: str) -> Non
     with torch.random.fork_rng(cuda):
         batch = [rows[index] for index in range(min(num_rows, len(rows)))]
         if args.task == "causal":
-            choose_logits(args, trainer, batch, precision)
+            choose_logits(args, trainer, batch)
         if args.attn_implementation == "auto" and not cuda:
-            choose_attention(trainer, batch, precision)
+            choose_attention(trainer, batch)
         if cuda or args.auto_batch:
             longest = [rows[index] for index in by_length[:num_rows]]
             explicit = "activation_checkpointing" in args.trainer_fields
@@ -3525,9 +3553,7 @@ def measure_speed(args: argparse.Namespace, trainer: Any, precision: str) -> Non
     trainer.counts = None
 
 
-def choose_logits(
-    args: argparse.Namespace, trainer: Any, batch: list[dict[str, Any]], precision: str
-) -> None:
+def choose_logits(args: argparse.Namespace, trainer: Any, batch: list[dict[str, Any]]) -> None:
     """Logits at supervised tokens, a prompt computed once, rows without padding: where exact.
 
     Each is compared with the model's own loss of a padded batch with all logits.
@@ -3544,13 +3570,20 @@ def choose_logits(
         except Exception as error:  # Whatever a model's code does not expect.
             reason = f"{type(error).__name__}: {error}".splitlines()[0]
         else:
-            if abs(found - expected) <= SAME_LOSS[precision] * max(1.0, abs(expected)):
+            if is_same_loss(trainer, found, expected):
                 return True
             reason = f"the loss of a first batch is {found:.6f} and the model's {expected:.6f}"
         print(f"speed: not {what}: {reason}", flush=True)
         return False
 
-    # On a GPU with Triton, TRL's own head computes supervised tokens only, and in chunks.
+    scores = (
+        most_supervised(trainer)
+        * speed.micro_batch
+        * trainer.model.config.get_text_config().vocab_size
+    )
+    if 12 * scores > MOST_SCORES:
+        print("speed: the answers are long, so TRL's loss computes their logits", flush=True)
+        return
     speed.labelled_only = True
     if not is_exact("logits at supervised tokens only"):
         speed.labelled_only = False
@@ -3565,7 +3598,7 @@ def choose_logits(
                 flush=True,
             )
         else:
-            speed.prompt_tokens, trainer.prompt = shared, batch[0]["input_ids"][:shared]
+            speed.prompt_tokens, trainer.prompt = shared, tuple(batch[0]["input_ids"][:shared])
             if not is_exact(f"the {shared} common tokens of the prompt once a step"):
                 speed.prompt_tokens = 0
     attention = trainer.model.config._attn_implementation
@@ -3573,6 +3606,20 @@ def choose_logits(
         speed.packed = True
         if not is_exact("rows without padding"):
             speed.packed = False
+
+
+def is_same_loss(trainer: Any, found: float, expected: float) -> bool:
+    """Whether two losses of the same rows differ by no more than rounding."""
+    weight = next(trainer.model.get_base_model().parameters())
+    rounded = trainer.args.bf16 or trainer.args.fp16 or weight.is_cuda
+    rounded = rounded or weight.dtype.itemsize < 4
+    most = SAME_ROUNDED_LOSS if rounded else SAME_LOSS
+    return abs(found - expected) <= most * max(1.0, abs(expected))
+
+
+def most_supervised(trainer: Any) -> int:
+    """The most supervised tokens of a training row."""
+    return max(sum(label != -100 for label in row) for row in trainer.train_dataset["labels"])
 
 
 def is_varlen(attention: str) -> bool:
@@ -3657,7 +3704,7 @@ def try_step(trainer: Any, rows: list[dict[str, Any]]) -> float:
     return seconds
 
 
-def choose_attention(trainer: Any, batch: list[dict[str, Any]], precision: str) -> None:
+def choose_attention(trainer: Any, batch: list[dict[str, Any]]) -> None:
     """Eager attention where it is faster than sdpa on this machine and gives the same loss.
 
     On a CPU with short rows it is: sdpa's kernel has no fast path for a padding mask there.
@@ -3680,7 +3727,7 @@ def choose_attention(trainer: Any, batch: list[dict[str, Any]], precision: str) 
             seconds[name].append(try_step(trainer, batch))
     # The first turn warms up; the least of the others is the one that others disturbed least.
     ratio = min(seconds["sdpa"][1:]) / min(seconds["eager"][1:])
-    same = abs(losses["sdpa"] - losses["eager"]) <= SAME_LOSS[precision] * max(1.0, losses["sdpa"])
+    same = is_same_loss(trainer, losses["eager"], losses["sdpa"])
     speed.attention = "eager" if same and ratio > 1.1 else "sdpa"
     base.set_attn_implementation(speed.attention)
     verdict = f"eager takes 1/{ratio:.2f} of sdpa's time" + ("" if same else ", with another loss")
@@ -5299,6 +5346,9 @@ def unify_row(row: Any, labels: list[str], name: str, origin: str) -> dict[str, 
     if "messages" in row:
         *row["prompt"], answer = row.pop("messages")
         row["completion"] = [answer]
+    if not {"prompt", "completion"} <= set(row):
+        # A column of that name beside a text and its label means something else.
+        row = {key: value for key, value in row.items() if key not in ("prompt", "completion")}
     for key, role in (("prompt", "user"), ("completion", "assistant")):
         if isinstance(row.get(key), str):
             row[key] = [{"role": role, "content": row[key]}]
