@@ -47,6 +47,7 @@ from __future__ import annotations
 import argparse
 import ast
 import contextlib
+import ctypes
 import difflib
 import errno
 import functools
@@ -61,6 +62,7 @@ import re
 import shlex
 import shutil
 import signal
+import socket
 import sys
 import tempfile
 import threading
@@ -187,7 +189,7 @@ RESUME_RULES = {
             *("model_name_or_path", "model_revision", "task", "dtype", "reasoning_effort"),
             *("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "load_in_4bit"),
             *("bnb_4bit_quant_type", "learning_rate", "per_device_train_batch_size"),
-            *("gradient_accumulation_steps", "world_size", "warmup_steps", "weight_decay"),
+            *("gradient_accumulation_steps", "warmup_steps", "weight_decay"),
             *("max_grad_norm", "lr_scheduler_type", "seed", "early_stopping_patience"),
             *("early_stopping_threshold", "calibration_fraction", "save_steps"),
             *("metric_for_best_model", "reweight", "sampler"),
@@ -201,6 +203,7 @@ RESUME_RULES = {
     **dict.fromkeys(
         (
             *("num_train_epochs", "max_steps", "per_device_eval_batch_size", "logging_steps"),
+            "world_size",  # the same rows in each step, shared otherwise
             "activation_checkpointing",  # the same numbers in less memory
         ),
         FREE,
@@ -214,6 +217,7 @@ RESUME_RULES = {
             *("allow_cpu", "dataloader_num_workers", "dataloader_pin_memory"),
             *("dataloader_prefetch_factor", "dataloader_persistent_workers", "log_level"),
             *("disable_tqdm", "logging_first_step", "sample_steps", "log_text"),
+            *("num_processes", "nnodes", "node_rank", "master_addr", "master_port"),
         ),
         NEW,
     ),
@@ -357,6 +361,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     flag("--preset", default="default", help=", ".join(PRESETS))
     flag("--allow_public", **switch, help="push to a repo that is public")
     flag("--allow_cpu", **switch, help="train a model of more than 2B parameters without a GPU")
+    flag = parser.add_argument_group("several GPUs and machines").add_argument
+    flag("--num_processes", type=int, help="on this machine (one for each GPU)")
+    flag("--nnodes", type=int, default=1, help="machines, of which each is told:")
+    flag("--node_rank", type=int, help="which of them it is, from 0")
+    flag("--master_addr", help="host name or address of machine 0")
+    flag("--master_port", type=int, default=29500, help="a free port of machine 0")
     flag("--group_by_length", **switch | {"help": argparse.SUPPRESS})
     fields = add_trainer_fields(parser)
     args = resolve_arguments(parser, argv, PRESETS, ALIASES)
@@ -429,17 +439,23 @@ def json_or_text(text: str) -> Any:
 def main(argv: list[str] | None = None) -> None:
     quiet_libraries()
     stop = Stop()
-    with stop.listening(), steady_output():
+    with stop.listening(), steady_output(), as_one_of_several(stop):
         train(argv, stop)
 
 
 def train(argv: list[str] | None, stop: Stop) -> None:
     """One start of a run: everything that can be refused is, before a weight is downloaded."""
     phases = Phases()
-    args = parse_args(argv)
-    say_processes()
-    check_training_arguments(args)
-    check_loggers(args)
+    # What is to say of the arguments, the process that starts the others has said.
+    with contextlib.ExitStack() as stack:
+        if LAUNCH in os.environ:
+            nowhere = stack.enter_context(Path(os.devnull).open("w", encoding="utf-8"))
+            stack.enter_context(contextlib.redirect_stdout(nowhere))
+        args = parse_args(argv)
+        say_processes()
+        check_training_arguments(args)
+        check_loggers(args)
+    start_processes(args, argv)
     store = open_store(args)
     job = read_job(store)
     check_money(args, job)
@@ -466,7 +482,10 @@ def train(argv: list[str] | None, stop: Stop) -> None:
     }
     contract = broadcast(contract)
     rows = encode_rows(args, data, tokenizer, contract)
-    settings = build_settings(args, config, device, precision, bool(data.validation), store.folder)
+    shared = share_batch(args, contract, earlier)
+    settings = build_settings(
+        shared, config, device, precision, bool(data.validation), store.folder
+    )
     if optimizer := contract["training"]["optimizer"]:
         settings.optim = optimizer
     quantization = build_quantization(args, base, config, precision)
@@ -508,7 +527,8 @@ def train(argv: list[str] | None, stop: Stop) -> None:
 def say_processes() -> None:
     """Say how many processes accelerate has started: where it made one of several, nothing fails.
 
-    `accelerate launch --cpu --num_processes 2` starts a single one (accelerate 1.15).
+    `accelerate launch --num_processes 2` starts a single one with --cpu, and where there is no GPU
+    (accelerate 1.15).
     """
     # accelerate launch sets it in each process that it starts.
     if "ACCELERATE_MIXED_PRECISION" not in os.environ:
@@ -517,8 +537,8 @@ def say_processes() -> None:
         print(f"accelerate launch: {WORLD_SIZE} processes", flush=True)
     else:
         print(
-            "accelerate launch: 1 process. If more were asked for: with --cpu it starts one all "
-            "the same; torchrun --nproc-per-node N train/train.py starts N.",
+            "accelerate launch: 1 process. With --cpu, or without GPUs, it starts one whatever "
+            "--num_processes says; torchrun --nproc-per-node N train/train.py starts N.",
             flush=True,
         )
 
@@ -547,6 +567,7 @@ def check_training_arguments(args: argparse.Namespace) -> None:
     if args.max_steps == 0 or args.num_train_epochs <= 0:
         fail("there is nothing to train: --max_steps is 0 or --num_train_epochs is not positive.")
     check_model_arguments(args)
+    check_processes(args)
     check_selection(args)
     check_balance(args)
     if args.sample_steps < 0:
@@ -876,15 +897,16 @@ class Store:
                         state |= {"best_metric": None, "best_global_step": None}
                     state["best_model_checkpoint"] = None if problem else str(self.folder / best)
                 contract["training"] |= {"step": step, "epoch": round(state["epoch"], 4)}
-                arguments = contract["arguments"]
-                samples = step * WORLD_SIZE * arguments["per_device_train_batch_size"]
-                samples *= arguments["gradient_accumulation_steps"]
+                samples = step * contract["training"]["effective_batch"]
                 at = f"@{self.head[:8]}" if self.head else ""
                 self.say(
                     f"resuming from checkpoint-{step} of {self.name}{at}: step {step} of "
                     f"{state['max_steps']}, epoch {state['epoch']:.2f}, {samples} samples consumed"
                 )
-                return link_checkpoint(newest, self.folder / RESUMED, state)
+                linked = link_checkpoint(newest, self.folder / RESUMED, state)
+                if changed := fit_checkpoint(linked, contract):
+                    self.say(changed)
+                return linked
         contract["training"] |= {"step": 0, "epoch": 0.0}
         self.say(f"no checkpoint in {self.name}: training starts at step 0")
         return None
@@ -1924,13 +1946,16 @@ class Stop:
     def hear(self, number: int, _: Any) -> None:
         name = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
         if not self.training:
+            if not is_spokesman():
+                raise SystemExit(PAUSED)
             fail(f"{name} before the first step: nothing is lost. Submit the same command.", PAUSED)
         if self.reason and number == signal.SIGINT:
             # What was committed stands; without this the exit waits for an upload under way.
             self.tell("error: stopped at once; the newest pushed checkpoint stands.")
             os._exit(1)
         self.reason = self.reason or name
-        self.tell(f"{name}: this step is finished, saved and pushed")
+        if is_spokesman():
+            self.tell(f"{name}: this step is finished, saved and pushed")
 
     def tell(self, line: str) -> None:
         """Write past Python's buffers, which no handler may enter; a dead terminal is no error."""
@@ -2176,6 +2201,7 @@ class Run:
                     restore_log_window(trainer, run.checkpoint)
                     # Trainer takes --logging_steps from the checkpoint's state.
                     state.compute_steps(args, state.max_steps)
+                    restart_random_numbers(trainer, run.checkpoint, state.global_step)
                 run.began = state.global_step, time.monotonic()
                 run.saved = run.mark = time.monotonic()
                 run.meter.began(state.global_step)
@@ -2298,12 +2324,12 @@ class Run:
             saved = {n for n in self.store.local_steps() if self.store.is_local(f"checkpoint-{n}")}
         else:
             saved = {checkpoint_step(path) for path in self.store.tree} - {None}
-        goes_on = f"goes on from checkpoint-{max(saved)}" if saved else "begins again"
+        goes_on = f"goes on from checkpoint-{max(saved)} of" if saved else "begins again in"
         self.announce(f"step {step}: {what} is {NOT_FINITE}; nothing of this step is saved")
         broadcast(None)
         fail(
             f"{what} is {NOT_FINITE} at step {step} of {self.trainer.state.max_steps}. Nothing of "
-            f"this step is saved; the same command {goes_on} of {self.store.name}. If it stops "
+            f"this step is saved; the same command {goes_on} {self.store.name}. If it stops "
             "here again, start another run (--run_name or --output_dir) with a lower "
             "--learning_rate, a longer --warmup_steps or --dtype float32.",
             code=1,
@@ -2783,7 +2809,7 @@ def build_trainer(
 def warn_of_warmup(settings: Any, num_rows: int) -> None:
     """Say when a run ends before its learning rate is reached, as short ones do."""
     batch = settings.per_device_train_batch_size * settings.gradient_accumulation_steps
-    steps = math.ceil(num_rows / batch) * settings.num_train_epochs
+    steps = math.ceil(num_rows / (batch * WORLD_SIZE)) * settings.num_train_epochs
     steps = settings.max_steps if settings.max_steps > 0 else math.ceil(steps)
     if settings.warmup_steps >= steps:
         print(
@@ -3416,6 +3442,8 @@ def choose_speed(
         if explicit is not None:
             trainer.speed.activation_checkpointing = explicit
             trainer.speed.prompt_tokens *= not explicit
+        # What began as one process may have shared the prompt; several cannot.
+        trainer.speed.prompt_tokens *= WORLD_SIZE == 1
     elif resumed:
         # What an older version of this script began has no record: it goes on as it was.
         on = device == "cuda" if explicit is None else explicit
@@ -3536,6 +3564,7 @@ def measure_speed(args: argparse.Namespace, trainer: Any) -> None:
     lengths = [len(ids) for ids in rows["input_ids"]]
     trainer.longest = max(lengths)
     speed.sort, speed.micro_batch = True, settings.per_device_train_batch_size
+    trainer.loss_is_scaled_for_ga = True
     num_rows = speed.micro_batch * settings.gradient_accumulation_steps
     by_length = sorted(range(len(rows)), key=lambda index: (-lengths[index], index))
     cuda = [settings.device] if settings.device.type == "cuda" else []
@@ -4754,6 +4783,289 @@ def guard(callback: Any, reached: int) -> None:
         setattr(callback, event, guarded(event, getattr(callback, event)))
 
 
+# --- several processes -----------------------------------------------------------------------
+
+# Names the folder that a start shares with the processes it has made; torchrun sets the others.
+LAUNCH = "TRAIN_LAUNCH"
+LOCAL_RANK = int(os.environ.get("LOCAL_RANK", "0"))
+NODES = int(os.environ.get("GROUP_WORLD_SIZE", "1"))
+JOIN_SECONDS = 1800  # how long a node waits for the others: Jobs do not start together
+# What gloo, NCCL and the store say when a process at the other end has ended.
+PEER_LOST = re.compile(r"(?i)connection (was )?(closed|reset|refused)|broken pipe|remote process")
+
+
+def check_processes(args: argparse.Namespace) -> None:
+    """Refuse numbers of processes and nodes that contradict each other, or a launcher's."""
+    if args.nnodes < 1 or (args.num_processes is not None and args.num_processes < 1):
+        fail("--nnodes and --num_processes must be at least 1.")
+    if args.nnodes == 1:
+        if args.node_rank or args.master_addr:
+            fail("--node_rank and --master_addr are for several nodes: say --nnodes N.")
+    elif args.node_rank is None or not 0 <= args.node_rank < args.nnodes:
+        fail(f"--nnodes {args.nnodes} needs --node_rank, from 0 to {args.nnodes - 1}, on each.")
+    elif args.node_rank and not args.master_addr:
+        fail("--master_addr: what is the host name or address of node 0?")
+    if LAUNCH not in os.environ and is_launched() and (args.num_processes or args.nnodes > 1):
+        fail(
+            "torchrun or accelerate has started this process already, so --num_processes and "
+            "--nnodes come too late: give them to it, or start with `uv run`."
+        )
+
+
+def is_launched() -> bool:
+    """Whether torchrun, accelerate launch or `start_processes` has made this process."""
+    return "LOCAL_RANK" in os.environ or "ACCELERATE_MIXED_PRECISION" in os.environ
+
+
+def count_processes(args: argparse.Namespace) -> int:
+    """How many processes this start makes on this machine: one for each GPU, or as asked for."""
+    import torch
+
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if args.num_processes is None:
+        return max(1, gpus)
+    if 0 < gpus < args.num_processes:
+        fail(f"--num_processes {args.num_processes}: this machine has {gpus} GPUs, one for each.")
+    return args.num_processes
+
+
+def start_processes(args: argparse.Namespace, argv: list[str] | None) -> None:
+    """Where there are several GPUs or nodes, be their launcher and end as they do.
+
+    torch.distributed.run starts this script once for each GPU. Signals go to the first of this
+    machine's processes, which tells the others at a step's end; torch's own launcher would end
+    all of them 30 seconds later and hide their exit code.
+    """
+    if is_launched():
+        return
+    count = count_processes(args)
+    if count == 1 and args.nnodes == 1:
+        return
+    from torch.distributed.run import config_from_args
+    from torch.distributed.run import parse_args as parse_launch
+
+    where = ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
+    where += ["--rdzv-id", os.urandom(8).hex()]
+    master = f"{os.path.expandvars(args.master_addr or '127.0.0.1')}:{args.master_port}"
+    if args.nnodes > 1:
+        wait_for_host(master)
+        address, _, port = master.rpartition(":")
+        where = ["--nnodes", str(args.nnodes), "--node-rank", str(args.node_rank)]
+        where += ["--master-addr", address, "--master-port", port]
+        where += ["--rdzv-conf", f"timeout={JOIN_SECONDS}"]
+    nodes = f", node {args.node_rank} of {args.nnodes}" if args.nnodes > 1 else ""
+    print(f"starting {count} processes on this machine{nodes}", flush=True)
+    # Else torch gives each a single thread.
+    threads = max(1, (os.cpu_count() or 1) // count)
+    os.environ.setdefault("OMP_NUM_THREADS", str(threads))
+    # What the launcher says of a process that ends, `read_failures` says.
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    words = sys.argv[1:] if argv is None else argv
+    with TemporaryDirectory(prefix="hsd-launch-") as name:
+        os.environ[LAUNCH] = name
+        quiet = ",".join(f"{rank}:3" for rank in range(1, count)) or "0"
+        launch = [*where, "--nproc-per-node", str(count), "--signals-to-handle", "SIGQUIT"]
+        launch += ["--log-dir", f"{name}/logs", "--redirects", quiet, "--monitor-interval", "0.1"]
+        script = str(Path(__file__).resolve())
+        try:
+            launched = config_from_args(parse_launch([*launch, script, *words]))
+            code = supervise(Path(name), master, *launched)
+        finally:
+            del os.environ[LAUNCH]
+    raise SystemExit(code)
+
+
+def wait_for_host(master: str, seconds: float = JOIN_SECONDS) -> None:
+    """Return when node 0 listens at `master` (host:port): its Job may start later than this one."""
+    host, _, port = master.rpartition(":")
+    end, said = time.monotonic() + seconds, False
+    while True:
+        try:
+            socket.create_connection((host, int(port)), timeout=5).close()
+            return
+        except OSError as error:
+            if time.monotonic() > end:
+                fail(f"node 0 does not answer at {master} ({error}). Is its job running?", code=1)
+        if not said:
+            print(f"waiting for node 0 at {master}", flush=True)
+        said = True
+        time.sleep(1)
+
+
+def supervise(folder: Path, master: str, config: Any, command: str, words: list[str]) -> int:
+    """Run the processes of this machine and hand signals on; return how they ended, as a code."""
+    from torch.distributed import DistError
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import elastic_launch
+
+    def forward(number: int, _: Any) -> None:
+        (folder / "signal").touch()
+        try:
+            os.kill(int((folder / "pid").read_text(encoding="utf-8")), number)
+        except FileNotFoundError:
+            name = signal.Signals(number).name
+            fail(f"{name} before the first step: nothing is lost. Submit the same command.", PAUSED)
+        except ProcessLookupError:
+            pass
+
+    before = {}
+    for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            before[number] = signal.signal(number, forward)
+    try:
+        elastic_launch(config, command)(*words)
+    except ChildFailedError as error:
+        return read_failures(folder, error.failures)
+    except DistError as error:
+        reason = str(error).splitlines()[0]
+        fail(f"the nodes did not meet at {master}: {reason}. Start all of them again.", code=1)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    return 0
+
+
+def read_failures(folder: Path, failures: dict[int, Any]) -> int:
+    """The exit code of a start of which processes have failed, after the one message it gives.
+
+    The first process of a machine says by itself what is wrong; what another one said lies in a
+    file, and is shown where the first one had nothing to say.
+    """
+    if (folder / "code").is_file():
+        return int((folder / "code").read_text(encoding="utf-8"))
+    first = min(failures.values(), key=lambda failure: (failure.timestamp, failure.local_rank))
+    rank = next(rank for rank, failure in failures.items() if failure is first)
+    for file in folder.glob(f"logs/*/attempt_0/{first.local_rank}/stderr.log"):
+        said = file.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+        print("\n".join([f"process {rank}:", *said[-60:]]), file=sys.stderr, flush=True)
+    if first.exitcode > 0:
+        return first.exitcode
+    name = signal.Signals(-first.exitcode).name
+    fail(
+        f"process {rank} was ended by {name}, as where a machine's memory ends. The newest "
+        "checkpoint stands; the same command goes on from it.",
+        code=1,
+    )
+
+
+@contextlib.contextmanager
+def as_one_of_several(stop: Stop) -> Iterator[None]:
+    """In a process of `start_processes`: end with its launcher, and with one message for all."""
+    if LAUNCH not in os.environ:
+        yield
+        return
+    folder = Path(os.environ[LAUNCH])
+    if sys.platform == "linux":
+        # 1: PR_SET_PDEATHSIG. A launcher that is killed would leave a run that nobody can stop.
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)
+    if LOCAL_RANK == 0:
+        (folder / "pid.new").write_text(str(os.getpid()), encoding="utf-8")
+        (folder / "pid.new").replace(folder / "pid")
+    try:
+        yield
+    except BaseException as error:
+        if isinstance(error, RuntimeError) and PEER_LOST.search(str(error)):
+            wait_for_the_end(stop)
+        code = error.code if isinstance(error, SystemExit) else 1
+        if LOCAL_RANK == 0 and folder.is_dir():
+            (folder / "code").write_text(str(code or 0), encoding="utf-8")
+        elif code and code != PAUSED:
+            time.sleep(2)  # What all of them find wrong, the first one says.
+        raise
+
+
+def wait_for_the_end(stop: Stop, seconds: float = 15.0) -> NoReturn:
+    """After a lost connection: another process has failed, says why, and the launcher ends all."""
+    end = time.monotonic() + seconds
+    while not stop.reason and time.monotonic() < end:
+        time.sleep(0.1)
+    if stop.reason and not is_spokesman():
+        raise SystemExit(1)
+    fail(
+        "the connection to another process is lost. If it is of another node, its log says why. "
+        "The newest checkpoint stands; start the same commands again.",
+        code=1,
+    )
+
+
+def is_spokesman() -> bool:
+    """Whether this process answers a signal: the first one, where somebody has sent it from
+    outside. Where one process fails, the launcher ends the others by the same signal.
+    """
+    folder = os.environ.get(LAUNCH)
+    return LOCAL_RANK == 0 and (folder is None or (Path(folder) / "signal").exists())
+
+
+def effective_batch(args: argparse.Namespace, earlier: dict[str, Any] | None) -> int:
+    """Rows of one optimizer step, of all processes together: of a resumed run as it began.
+
+    What `uv run` starts by itself on several GPUs has the rows of a single process; where torchrun
+    or accelerate was told how many processes, the flags are of each of them, as everywhere else.
+    """
+    rows = args.per_device_train_batch_size * args.gradient_accumulation_steps
+    if earlier is None:
+        return rows if LAUNCH in os.environ else rows * WORLD_SIZE
+    training = earlier["training"]
+    return training.get("effective_batch", rows * training["world_size"])
+
+
+def share_batch(
+    args: argparse.Namespace, contract: dict[str, Any], earlier: dict[str, Any] | None
+) -> argparse.Namespace:
+    """The arguments with this start's share of the effective batch in each process, recorded."""
+    rows = contract["training"]["effective_batch"] = effective_batch(args, earlier)
+    each, rest = divmod(rows, WORLD_SIZE)
+    if rest:
+        fitting = [str(count) for count in range(1, rows + 1) if rows % count == 0]
+        fail(
+            f"a step's {rows} rows cannot be shared by {WORLD_SIZE} processes alike. Start "
+            f"{', '.join(fitting)} of them (--num_processes), or begin a run with another "
+            "--per_device_train_batch_size or --gradient_accumulation_steps."
+        )
+    most = min(args.per_device_train_batch_size, each)
+    size = next(size for size in range(most, 0, -1) if each % size == 0)
+    if WORLD_SIZE > 1:
+        print(
+            f"effective batch: {rows} rows a step = {size} rows x {each // size} accumulated x "
+            f"{WORLD_SIZE} processes",
+            flush=True,
+        )
+    share = {"per_device_train_batch_size": size, "gradient_accumulation_steps": each // size}
+    return argparse.Namespace(**vars(args) | share)
+
+
+def fit_checkpoint(folder: Path, contract: dict[str, Any]) -> str:
+    """Fit a folder of link_checkpoint to this number of processes; return what that changes.
+
+    Each process has a file of random numbers and one of the sums since the last logged step. The
+    loss is logged as the mean over the processes, so each gets the mean of the sums.
+    """
+    windows = sorted(folder.glob("log_window_*.json"), key=lambda path: int(path.stem[11:]))
+    if len(windows) == WORLD_SIZE:
+        return ""
+    found = [json.loads(path.read_text(encoding="utf-8")) for path in windows]
+    mean = found[0] | {"loss_sum": sum(one["loss_sum"] for one in found) / len(found)}
+    # Links: the checkpoint itself keeps its files.
+    for path in (*windows, *folder.glob("rng_state*.pth")):
+        path.unlink()
+    for rank in range(WORLD_SIZE):
+        write_json(folder / f"log_window_{rank}.json", mean)
+    return (
+        f"{WORLD_SIZE} processes go on with what {len(windows)} saved. Each step has the same "
+        f"{contract['training']['effective_batch']} rows; bit-identical are neither sums, taken in "
+        "another order and over other micro-batches, nor dropout, which is drawn anew. The last "
+        "step of an epoch that does not divide evenly repeats other rows."
+    )
+
+
+def restart_random_numbers(trainer: Any, folder: Path, step: int) -> None:
+    """Where a checkpoint has no random numbers for this process: make them of seed, step, rank."""
+    from transformers import set_seed
+
+    if not any(folder.glob("rng_state*.pth")):
+        set_seed(trainer.args.seed + 1_000_003 * step + RANK)
+
+
 # --- shared: the same text in every script that has it ---------------------------------------
 
 
@@ -5695,7 +6007,10 @@ def build_scaffold(tokenizer: Any, roles: list[str], date: str, effort: str) -> 
         text = render(messages)
     except TemplateError:
         joined = "\n\n".join(marks[:-1])
-        text = render([{"role": "user", "content": joined}, messages[-1]])
+        try:
+            text = render([{"role": "user", "content": joined}, messages[-1]])
+        except TemplateError as error:
+            fail(f"the chat template refuses the prompt (reasoning effort {effort}): {error}")
     pieces = []
     for mark in marks:
         piece, found, text = text.partition(mark)
