@@ -77,7 +77,7 @@ def chosen(out: Path) -> dict[str, Any]:
 def stock(monkeypatch: pytest.MonkeyPatch, train: ModuleType) -> None:
     """From here on runs are computed as the library's trainer does by itself."""
 
-    def measure(args: Any, trainer: Any, precision: str) -> None:
+    def measure(args: Any, trainer: Any) -> None:
         trainer.speed = train.Speed()
 
     monkeypatch.setattr(train, "measure_speed", measure)
@@ -360,6 +360,42 @@ def test_activation_checkpointing_only_where_the_longest_rows_do_not_fit(
     assert trainer.speed.prompt_tokens == (30 if fits else 0)
 
 
+@pytest.mark.parametrize(
+    ("model", "flags"), [("llama", []), ("bert", CLASSIFIER)], ids=["causal", "classifier"]
+)
+@pytest.mark.parametrize("faster", ["sdpa", "eager"])
+def test_the_faster_attention_with_the_same_loss_is_taken(
+    train: ModuleType,
+    files: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    model: str,
+    flags: list[str],
+    faster: str,
+) -> None:
+    expected = run(train, files, tmp_path / "given", *flags, model=model)
+    monkeypatch.setattr(train, "MEASURED_FROM", 0)
+    trying = train.try_step
+
+    def seconds(trainer: Any, rows: list[dict[str, Any]]) -> float:
+        trying(trainer, rows)
+        return 1.0 if trainer.model.config._attn_implementation == faster else 2.0
+
+    monkeypatch.setattr(train, "try_step", seconds)
+    found = run(train, files, tmp_path / "measured", *flags, model=model)
+    assert chosen(tmp_path / "measured")["attention"] == faster
+    assert_same(found, expected)
+
+
+def test_an_attention_that_there_is_not_is_refused_in_words(
+    train: ModuleType, files: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    with pytest.raises(SystemExit) as end:
+        run(train, files, tmp_path / "out", "--attn_implementation", "flash_attention_2")
+    assert end.value.code == 2
+    assert "error: --attn_implementation flash_attention_2: " in capsys.readouterr().err
+
+
 # --- fallbacks -------------------------------------------------------------------------------
 
 
@@ -493,7 +529,7 @@ def test_labels_that_the_trainer_cut_end_the_start(
     kept = SimpleNamespace(train_dataset={"labels": [[-100, 5], [-100, 7]]})
     with pytest.raises(SystemExit):
         train.check_kept_labels(kept, rows)
-    assert "3 supervised tokens, and 2 of them" in capsys.readouterr().err
+    assert "3 supervised tokens, of which packing or cutting left 2." in capsys.readouterr().err
 
 
 @pytest.mark.gpu
