@@ -397,7 +397,7 @@ def main(argv: list[str] | None = None) -> None:
     dataset = open_dataset(args, contract)
     base = pick_base(args, contract)
     name, target = name_output(args, contract, adapter)
-    against = read_against(args)
+    against = read_against(args, contract)
     key = evaluation_key(args, contract, adapter, base, dataset, against, profile)
     ad_hoc = is_ad_hoc(args)
     if not ad_hoc and (metrics := answer_from_files(args, key, adapter, name, target, pushes)):
@@ -405,10 +405,11 @@ def main(argv: list[str] | None = None) -> None:
         return
     task = build_task(args, contract, dataset)
     posts = read_ad_hoc_posts(args) if ad_hoc else read_posts(args, contract, task, dataset)
-    training, no_training = [], ""
+    training, no_training, rivals = [], "", []
     if not ad_hoc:
         training, no_training = read_training_posts(args, task, dataset, contract)
-    if not ad_hoc:
+        rivals = [align_run(run, posts) for run in against]
+        check_columns_there(posts, args.slice_by or [])
         try_requirements(args, task, posts, against)
     config = read_base_config(base)
     device = check_device(count_parameters(config), args.allow_cpu, job_command(args, adapter))
@@ -537,7 +538,7 @@ def report_predictions(args: argparse.Namespace) -> dict[str, Any]:
     """Report a file's answers like those of a model; return metrics.json."""
     options = reading_options(args)
     runs = read_runs(args.predictions, "test", options)
-    against = read_against(args)
+    against = read_against(args, {})
     if args.space:
         check_space(args)
     first = runs[0]
@@ -3434,6 +3435,11 @@ def build_strategy(
             found = ranked.get((name, place, key)) or counted.get((name, place, key))
             if found and isinstance(figure, dict) and "reason" in figure and figure["low"] is None:
                 add_interval(figure, found)
+                if figure["low"] is not None and key != "mcc":
+                    figure["low"], figure["high"] = (
+                        max(0.0, figure["low"]),
+                        min(1.0, figure["high"]),
+                    )
     unparsed = {}
     if overall["n_unparsed"]:
         answers, wrong = sample.predicted[name], sample.decided(name)
@@ -3920,6 +3926,8 @@ def build_comparison(
         if not found:
             outside = place == NO_TARGET and key in ("bpsn_auc", "bnsp_auc")
             reason = "not a target group" if outside else "one of the two has none"
+            if not outside and {first, second} - {*sample.varied}:
+                reason = "one of the two gives every post the same answer"
             return number(None, size, reason)
         figure = number(found["value"], size, "")
         return figure | {"low": found["low"], "high": found["high"]}
@@ -4038,6 +4046,7 @@ def build_metrics(
     }
     metrics["profile"] = profile and build_loads(sample, model, profile)
     metrics |= report_probes(args, task, posts, members, probes)
+    correct_for_rivals(metrics["comparisons"])
     metrics["gates"] = judge(metrics, expand_requirements(args.require or [], metrics), args.strict)
     return metrics, sample
 
@@ -4063,6 +4072,25 @@ def build_loads(sample: Sample, strategy: str, profile: dict[str, Any]) -> dict[
             if posts.any()
         }
     }
+
+
+def correct_for_rivals(comparisons: list[dict[str, Any]]) -> None:
+    """Correct the p-values of the differences over all posts for the number of rivals (Holm).
+
+    That of F1 comes from its interval, as if it were a normal one.
+    """
+    from scipy.special import ndtr
+
+    for one in comparisons:
+        away = one["overall"]["f1"]
+        if away["low"] is not None and away["high"] > away["low"]:
+            z = abs(away["value"]) * 2 * NORMAL_95 / (away["high"] - away["low"])
+            away["p"] = float(2 * ndtr(-z))
+    for key in ("accuracy", "f1"):
+        figures = [one["overall"][key] for one in comparisons]
+        known = {index: figure["p"] for index, figure in enumerate(figures) if "p" in figure}
+        for index, p in holm(known).items():
+            figures[index]["p_holm"] = p
 
 
 def with_own_names(strategies: list[Answers]) -> list[Answers]:
@@ -4393,6 +4421,13 @@ def run_of_rows(
         else:
             negative = next(one for one in labels if one != positive)
             predicted.append(positive if score >= options["threshold"] else negative)
+    lacking = scores.count(None)
+    if 0 < lacking < len(scores):
+        print(
+            f"{origin}: {lacking} of {len(scores)} rows of {strategy} have no score; figures of "
+            "scores are left out",
+            flush=True,
+        )
     if column["prediction"] and not any(predicted):
         seen = sorted({visible(repr(row.get(column["prediction"]))) for row in rows})
         fail(f"{origin}: no prediction is one of {', '.join(labels)}; there are {seen[:5]}.")
@@ -4433,7 +4468,7 @@ def label_of(value: Any, labels: list[str], options: dict[str, Any]) -> str | No
 
 def score_of(value: Any, origin: str, number_: int) -> float | None:
     """A probability, or None for an empty cell."""
-    if value is None or value == "":
+    if value is None or value == "" or (isinstance(value, float) and math.isnan(value)):
         return None
     try:
         score = float(value)
@@ -5744,6 +5779,9 @@ def find_comparison(metrics: dict[str, Any], path: str) -> tuple[dict[str, Any],
     others: dict[str, dict[str, Any]] = {}
     for number_, one in enumerate(metrics["comparisons"], start=1):
         others |= {str(number_): one, one["second"]: one}
+    for one in metrics["strategies"][1:]:
+        if one["overall"] is None:
+            others[one["name"]] = one
     if "base_model" in others:
         others.setdefault("base", others["base_model"])
     # A name may hold dots, and one may begin like another.
@@ -5767,13 +5805,15 @@ def find_figure(metrics: dict[str, Any], path: str) -> dict[str, Any]:
     if path.startswith("vs_"):
         one, rest = find_comparison(metrics, path)
         bias = {}
+        if one["overall"] is None:
+            return number(None, 0, f"{one['name']}: {one['reason']}")
     place, _, key = rest.rpartition(".")
     key = SHORT_NAMES.get(key, key)
     form = {"gap": "max_min", "ratio": "min_max_ratio"}.get(place)
     if (form or key.endswith("_difference")) and bias is None:
         return number(None, 0, "all posts have the same answer")
     if form and bias:
-        figures = {rate: gap[form] for rate, gap in bias["gaps"].items()}
+        figures = {rate: gap_of(one, rate, gap, form) for rate, gap in bias["gaps"].items()}
     elif place in ("", "overall"):
         figures = worst_of(one, "overall", one["overall"]) | (bias or {})
     elif place in one["groups"]:
@@ -5798,6 +5838,15 @@ def find_figure(metrics: dict[str, Any], path: str) -> dict[str, Any]:
     return figure
 
 
+def gap_of(one: dict[str, Any], rate: str, gap: dict[str, Any], form: str) -> dict[str, Any]:
+    """A gap with the groups that it leaves out; answers without label count as wrong in it."""
+    figure = gap[form]
+    if one.get("unparsed") and form == "max_min" and figure["value"] is not None:
+        places = one["unparsed"]["as_errors"]
+        figure = widest_gap([[places[group][rate] for group in gap["groups"] if group in places]])
+    return figure | {"left_out": gap["left_out"]}
+
+
 def worst_of(one: dict[str, Any], place: str, figures: dict[str, Any]) -> dict[str, Any]:
     """A strategy's figures of a place, where answers without label count as wrong."""
     unparsed = one.get("unparsed")
@@ -5807,7 +5856,7 @@ def worst_of(one: dict[str, Any], place: str, figures: dict[str, Any]) -> dict[s
 def judge(metrics: dict[str, Any], requirements: list[str], strict: bool) -> list[dict[str, Any]]:
     """Whether each requirement holds, for the figure or, if `strict`, for its interval's bad end.
 
-    What is undefined does not hold, nor, if `strict`, what has no interval.
+    What is undefined does not hold, nor, if `strict`, what has no interval or leaves a group out.
     """
     tests = {">=": operator.ge, "<=": operator.le, ">": operator.gt, "<": operator.lt}
     verdicts = []
@@ -5820,6 +5869,12 @@ def judge(metrics: dict[str, Any], requirements: list[str], strict: bool) -> lis
             reason = "no interval"
         # The last bits of a difference are rounding.
         holds = tested is not None and tests[sign](round(tested, 12), bound)
+        if figure.get("left_out"):
+            # Too few posts of a group are no proof of its treatment.
+            reason = (
+                reason or f"without {', '.join(map(visible, figure['left_out']))}: too few posts"
+            )
+            holds = holds and not strict
         verdicts.append(
             {
                 "requirement": text,
@@ -5852,13 +5907,7 @@ def expand_requirements(requirements: list[str], metrics: dict[str, Any]) -> lis
             expanded += PUBLISHED_CRITERIA
         elif text == "beats_baselines":
             names = [one["name"] for one in metrics["strategies"] if one["kind"] == "baseline"]
-            there = {one["second"] for one in metrics["comparisons"]}
-            expanded += [
-                f"vs_{name}.{key}>0"
-                for name in names
-                if name in there
-                for key in ("f1", "accuracy")
-            ]
+            expanded += [f"vs_{name}.{key}>0" for name in names for key in ("f1", "accuracy")]
         else:
             expanded.append(text)
     return expanded
@@ -6024,6 +6073,16 @@ def write_errors(file: Path, errors: list[dict[str, Any]], positive: str, with_t
     write_csv(file, header, [[row[name] for name in header] for row in errors])
 
 
+def read_descriptions(dataset: Repo | None) -> dict[str, Any]:
+    """What the dataset's contract says its labels and groups mean; empty without one."""
+    if dataset is None or not has_contract(dataset):
+        return {}
+    contract = read_contract(dataset, "dataset")
+    known = (contract.get(f"{kind}_descriptions") or {} for kind in ("label", "group"))
+    labels, groups = known
+    return {"labels": labels, "groups": groups}
+
+
 def build_record(
     args: argparse.Namespace,
     contract: dict[str, Any],
@@ -6050,6 +6109,7 @@ def build_record(
         "labels": task.labels,
         "positive_label": task.positive,
         "groups": task.groups,
+        "descriptions": read_descriptions(repos[2]),
         "split": None if args.test_file else args.split,
         "test_file": test_file,
         "prompt": task.prompt,
@@ -6353,8 +6413,8 @@ def new_card(args: argparse.Namespace, card: bytes, folder: Path) -> bytes:
         for file in ("metrics.json", CONTRACT)
     )
     section = build_card_section(metrics, record, read_card_fields(args.card_fields))
-    section = keep_card_fields(section, text)
     text = card.decode("utf-8", "surrogateescape")
+    section = keep_card_fields(section, text)
     return update_card(text, section, metrics, record).encode("utf-8", "surrogateescape")
 
 
@@ -6835,12 +6895,20 @@ def gap_table(metrics: dict[str, Any]) -> list[list[str]]:
             if group == NO_TARGET:
                 continue
             away = shown_difference(rate, one["vs_rest"], "p_holm")
+            away += f" ({shown_difference(rate, one['vs_overall'])} against all posts)"
             said = {None: "cannot be tested", True: "yes", False: "no"}[one["significant"]]
             rows.append([title, visible(group), str(one["vs_rest"]["n"]), away, said])
         for group in gap["left_out"]:
             n = metrics["strategies"][0]["groups"][group][rate]["n"]
             few = "insufficient" if n else "undefined"
             rows.append([title, visible(group), str(n), few, "cannot be tested"])
+        ratio = shown("ratio", gap["min_max_ratio"])
+        rows.append([title, "smallest / largest", f"{gap['max_min']['n']} groups", ratio, ""])
+    for key in ("equalized_odds_difference", "demographic_parity_difference"):
+        if bias:
+            figure, title = bias[key], key.replace("_", " ")
+            said = shown_gap(figure, "flag_rate")
+            rows.append([title, "largest gap", f"{figure['n']} groups", said, ""])
     return rows if len(rows) > 1 else []
 
 
@@ -6999,11 +7067,11 @@ def swap_table(metrics: dict[str, Any]) -> list[list[str]]:
     rows[0] += [f"flipped, {visible(label)}" for label in (negative, positive)]
     for pair in (metrics["identity_swap"] or {"pairs": []})["pairs"]:
         cells = [
-            shown("flag_rate", pair["flip_rate"]),
+            shown("flag_rate", pair["flip_rate"], metrics["min_denominator"]),
             shown_difference("brier", pair["mean_change"]),
         ]
         cells += [
-            shown("flag_rate", pair["parts"]["all"][label]["flip_rate"])
+            shown("flag_rate", pair["parts"]["all"][label]["flip_rate"], metrics["min_denominator"])
             for label in (negative, positive)
         ]
         names = [visible(pair["source"]), visible(pair["target"])]
@@ -7018,7 +7086,10 @@ def contrast_table(metrics: dict[str, Any]) -> list[list[str]]:
         return []
     rows = [["target identity", "pairs", "both right", "told apart by p"]]
     for name, one in {"all": contrasts, **contrasts["identities"]}.items():
-        cells = [shown("recall", one[key]) for key in ("both_right", "told_apart")]
+        cells = [
+            shown("recall", one[key], metrics["min_denominator"])
+            for key in ("both_right", "told_apart")
+        ]
         rows.append([visible(name), str(one["n"]), *cells])
     return rows
 
@@ -7055,9 +7126,9 @@ def describe_comparisons(metrics: dict[str, Any]) -> list[str]:
     for one in metrics["comparisons"]:
         away, name = one["overall"]["f1"], visible(one["second"])
         kind = "even"
-        if away["low"] is not None and (away["low"] > 0 or away["high"] < 0):
+        if away.get("p_holm") is not None and away["p_holm"] < 0.05:
             kind = "better" if away["value"] > 0 else "worse"
-        words[kind].append(f"{name} ({shown_difference('f1', away)})")
+        words[kind].append(f"{name} ({shown_difference('f1', away, 'p_holm')})")
     sentences = []
     if words["better"]:
         sentences.append(f"Its F1 is higher than that of {', '.join(words['better'])}.")
@@ -7079,7 +7150,12 @@ def describe_gaps(metrics: dict[str, Any], model: dict[str, Any]) -> list[str]:
         size = shown_gap(widest, rate)
         if not gap["significant"]:
             sentences.append(
-                f"Gap of the {title} between groups: {size}; chance alone gives gaps of this size."
+                f"Gap of the {title} between groups: {size}; not shown to be more than chance"
+                + (
+                    f", and up to {100 * widest['high']:.1f} points are not excluded."
+                    if widest["high"] is not None
+                    else "."
+                )
             )
             continue
         out = [
@@ -7124,11 +7200,13 @@ def describe_behaviour(metrics: dict[str, Any]) -> list[str]:
     sentences = []
     if metrics["functional"]:
         rows = [row for side in metrics["functional"]["sides"] for row in side["rows"]]
-        weakest = sorted(rows, key=lambda row: row["accuracy"]["value"])[:3]
+        enough = [row for row in rows if row["accuracy"]["n"] >= metrics["min_denominator"]]
+        weakest = sorted(enough, key=lambda row: row["accuracy"]["value"])[:3]
         named = [
             f"{visible(row['functionality'])} ({shown('accuracy', row['accuracy'])})"
             for row in weakest
         ]
+        named = named or ["none has enough cases"]
         sentences.append(f"Weakest of {len(rows)} functional tests: {', '.join(named)}.")
     kinds = (metrics["evasion"] or {}).get("kinds") or {}
     lost = {kind: one["recall_lost"] for kind, one in kinds.items()}
@@ -7139,7 +7217,11 @@ def describe_behaviour(metrics: dict[str, Any]) -> list[str]:
             f"Of {len(known)} ways to evade, {visible(kind)} costs most recall: "
             f"{shown_difference('recall', known[kind])}."
         )
-    pairs = (metrics["identity_swap"] or {}).get("pairs") or []
+    pairs = [
+        pair
+        for pair in (metrics["identity_swap"] or {}).get("pairs") or []
+        if pair["flip_rate"]["n"] >= metrics["min_denominator"]
+    ]
     if pairs:
         pair = max(pairs, key=lambda one: abs(one["mean_change"]["value"] or 0))
         sentences.append(
@@ -7443,7 +7525,11 @@ def build_text(metrics: dict[str, Any]) -> str:
             lines += ["", *([title] if title else []), *text_table(short)]
     lines += ["", *(f"* {sentence}" for sentence in build_verdict(metrics))]
     lines += [f"* {reason}" for reason in reasons]
-    lines += ["", "[low, high]: 95 % interval. p: corrected for all tests of its table (Holm)."]
+    lines += [
+        "",
+        "[low, high]: 95 % interval. p, corrected (Holm): of gaps for both rates, of groups for all "
+        "groups and rates.",
+    ]
     return "\n".join(lines) + "\n"
 
 
@@ -7613,7 +7699,8 @@ insufficient.</p>
 {{ table(gaps) }}
 <p class="soft">Each group against all posts outside it, and the largest difference between two
 groups; p is the share of random deals of the same errors that give as much (10,000 permutations
-within a true label), corrected for all tests (Holm). A group stands out only where the largest
+within a true label), corrected (Holm) for both rates, of single groups for all groups and
+rates. A group stands out only where the largest
 gap is more than chance, too. The gap's interval begins at 0 where chance explains it.</p>
 {% endif %}
 
@@ -7722,6 +7809,9 @@ def build_card_section(
     metrics: dict[str, Any], record: dict[str, Any], fields: dict[str, str]
 ) -> str:
     """The model card's section on this evaluation, between its markers, without any post."""
+    told = record.get("descriptions") or {}
+    meaning = (told.get("labels") or {}).get(metrics["positive_label"])
+    fields = ({"label_definition": str(meaning)} if meaning else {}) | fields
     learned = [one for one in metrics["strategies"] if not one["name"].startswith("always_")]
     data = record["dataset"] or record["test_file"]
     source = "not stated"
@@ -7756,6 +7846,8 @@ def build_card_section(
         f"| {title} | {markdown_cell(fields.get(name, 'not stated'))} |"
         for name, title in CARD_FIELDS.items()
     ]
+    notes = (told.get("groups") or {}).items()
+    lines += ["", *(f"- {markdown_cell(name)}: {markdown_cell(str(text))}" for name, text in notes)]
     lines += ["", "Limits:", "", *(f"- {limit}" for limit in LIMITS), CARD_END]
     return "\n".join(lines)
 
@@ -8661,7 +8753,10 @@ def build_scaffold(tokenizer: Any, roles: list[str], date: str, effort: str) -> 
         text = render(messages)
     except TemplateError:
         joined = "\n\n".join(marks[:-1])
-        text = render([{"role": "user", "content": joined}, messages[-1]])
+        try:
+            text = render([{"role": "user", "content": joined}, messages[-1]])
+        except TemplateError as error:
+            fail(f"the chat template refuses the prompt (reasoning effort {effort}): {error}")
     pieces = []
     for mark in marks:
         piece, found, text = text.partition(mark)

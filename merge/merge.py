@@ -835,7 +835,10 @@ def build_scaffold(tokenizer: Any, roles: list[str], date: str, effort: str) -> 
         text = render(messages)
     except TemplateError:
         joined = "\n\n".join(marks[:-1])
-        text = render([{"role": "user", "content": joined}, messages[-1]])
+        try:
+            text = render([{"role": "user", "content": joined}, messages[-1]])
+        except TemplateError as error:
+            fail(f"the chat template refuses the prompt (reasoning effort {effort}): {error}")
     pieces = []
     for mark in marks:
         piece, found, text = text.partition(mark)

@@ -330,6 +330,38 @@ def test_templates_of_their_makers_put_only_the_answer_and_its_end_behind_the_pr
         )
 
 
+# In the manner of Ministral's: a system prompt of its own with the day, strict roles.
+STRICT_TEMPLATE = """{{ bos_token }}
+{%- if messages[0].role == 'system' %}{% set said = messages[1:] %}
+{{- '[SYSTEM]' + messages[0].content + '[/SYSTEM]' }}{% else %}{% set said = messages %}
+{{- '[SYSTEM]Today is ' + strftime_now('%Y-%m-%d') + '.[/SYSTEM]' }}{% endif %}
+{%- if reasoning_effort == 'low' and strict %}{{ raise_exception('effort must be none or high') }}
+{%- endif %}{% for one in said %}{% if (one.role == 'user') != (loop.index0 % 2 == 0) %}
+{{- raise_exception('roles must alternate') }}{% endif %}
+{%- if one.role == 'user' %}{{ '[INST]' + one.content + '[/INST]' }}
+{%- else %}{{ one.content + eos_token }}{% endif %}{% endfor %}"""
+
+
+def test_a_strict_template_is_rendered_with_its_day_or_refused_in_a_sentence(
+    train: ModuleType, files: Path, capsys: pytest.CaptureFixture
+) -> None:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(base_of(files, "llama"))
+    tokenizer.bos_token = "<|start|>"
+    tokenizer.chat_template = STRICT_TEMPLATE.replace(" and strict", " and false")
+    pieces = train.build_scaffold(tokenizer, ["user"], "2026-01-31", "low").pieces
+    head = "<|start|>[SYSTEM]Today is 2026-01-31.[/SYSTEM][INST]"
+    assert pieces == (head, "[/INST]", "<|end|>")
+    pieces = train.build_scaffold(tokenizer, ["system", "user"], "2026-01-31", "low").pieces
+    assert pieces == ("<|start|>[SYSTEM]", "[/SYSTEM][INST]", "[/INST]", "<|end|>")
+    tokenizer.chat_template = STRICT_TEMPLATE.replace(" and strict", "")
+    with pytest.raises(SystemExit):
+        train.build_scaffold(tokenizer, ["user"], "2026-01-31", "low")
+    message = capsys.readouterr().err
+    assert "refuses the prompt (reasoning effort low): effort must be none or high" in message
+
+
 # --- four bits and their optimizer ------------------------------------------------------------
 
 
