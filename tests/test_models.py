@@ -718,6 +718,8 @@ def test_a_few_posts_that_begin_alike_do_not_become_a_prompt(train: ModuleType) 
     assert learn([f"{secret} {number}" for number in range(9)]) == "{text}"
     assert learn([secret] * 30) == "{text}"
     assert learn([f"Post: {number}?" for number in range(10)]) == "Post: {text}?"
+    lines = [f"Post:\n{number}\nHate?" for number in range(10)]
+    assert learn(lines) == "Post:\n{text}\nHate?"
     assert learn(["A b C"], text="b") == "A {text} C"
     assert learn([f"{{text}} {number}" for number in range(10)]) == "{text}"
     answers = [f"{label}: {secret}" for label in ("hate", "normal")]

@@ -26,8 +26,9 @@
 # ///
 """Fine-tune a LoRA adapter that labels hate speech; resubmit the same command to resume.
 
-Reads:  DATASET_REPO (of datasets/build_unified.py, default {you}/hsd-data) or a local --train_file,
-        and the base model at a pinned revision.
+Reads:  DATASET_REPO (of datasets/build_unified.py, default {you}/hsd-data, or any of messages, of
+        prompt and completion, or of text and label) or a local --train_file of such rows, and the
+        base model at a pinned revision.
 Writes: HUB_MODEL_ID (private, default {you}/hsd-lora): checkpoint-N/ at every save, and at the end
         the adapter, tokenizer, contract.json and model card at its root.
 
@@ -495,6 +496,7 @@ def train(argv: list[str] | None, stop: Stop) -> None:
         store.claim(contract, job, args)
         checkpoint = store.fetch_checkpoint(contract)
     checkpoint = broadcast(checkpoint)
+    share_checkpoint(checkpoint)
     fetch_base(base)
     phases.enter("load")
     model = build_model(args, base, config, data.labels, device, precision, quantization)
@@ -1330,9 +1332,10 @@ def labels_of_rows(args: argparse.Namespace, found: set[str]) -> list[str]:
 
 def common_ends(texts: list[str]) -> tuple[str, str]:
     """What all texts begin and what they end with, cut where a word may be shared by chance."""
-    head = re.sub(r"\w+$", "", "".join(common_prefix(texts)))
+    # Not $, which also matches before a line break at the end.
+    head = re.sub(r"\w+\Z", "", "".join(common_prefix(texts)))
     rests = [text[len(head) :][::-1] for text in texts]
-    return head, re.sub(r"\w+$", "", "".join(common_prefix(rests)))[::-1]
+    return head, re.sub(r"\w+\Z", "", "".join(common_prefix(rests)))[::-1]
 
 
 def learn_answer(answers: list[str], known: list[str]) -> tuple[str, set[str]]:
@@ -2409,6 +2412,7 @@ class Run:
         name = f"checkpoint-{state.global_step}"
         folder = self.store.folder / name
         write_log_window(trainer, folder)
+        gather_rank_files(folder)
         if RANK:
             return
         self.save_s = time.monotonic() - self.mark
@@ -2730,6 +2734,8 @@ def build_settings(
         "activation_checkpointing": False,
         # A Job's log has no terminal to redraw a bar on.
         "disable_tqdm": not sys.stderr.isatty(),
+        # Only an expert can be without a gradient, because no token was sent to it.
+        "ddp_find_unused_parameters": has_experts(config),
     }
     further = dict(args.trainer_fields)
     if not evaluates:
@@ -4469,6 +4475,14 @@ def check_balance(args: argparse.Namespace) -> None:
             f"--sampler {args.sampler} and --train_sampling_strategy both decide the order of the "
             "rows; leave one out. Rows of one step are put together by length anyway."
         )
+    if args.sampler == "group_balanced" and (
+        args.reweight != "none" or args.class_weights == "balanced"
+    ):
+        name = "reweight" if args.reweight != "none" else "class_weights"
+        fail(
+            f"--sampler group_balanced draws every cell equally often, so --{name} "
+            f"{vars(args)[name]} would count rare posts up twice; leave one out."
+        )
     if args.reweight == "none":
         return
     if args.class_weights != "none":
@@ -4497,8 +4511,8 @@ def record_cells(args: argparse.Namespace, data: Data) -> list[dict[str, Any]] |
     for cell, weight, draws in zip(cells, weights, drawn, strict=True):
         capped = " (the most)" if weight == MOST_WEIGHT else ""
         print(
-            f"  {cell.name:<40} {len(cell.rows):>7} posts, weight {weight:.4g}{capped}, drawn "
-            f"{draws:.1f} times an epoch",
+            f"  {cell.name:<40} {len(cell.rows):>7} posts, weight {weight:.4g}{capped}, "
+            f"{draws:.1f} drawn an epoch",
             flush=True,
         )
         record.append(
@@ -5064,6 +5078,58 @@ def restart_random_numbers(trainer: Any, folder: Path, step: int) -> None:
 
     if not any(folder.glob("rng_state*.pth")):
         set_seed(trainer.args.seed + 1_000_003 * step + RANK)
+
+
+def gather_rank_files(folder: Path) -> None:
+    """Bring to process 0 what processes of other machines have saved of a checkpoint, each its own:
+    random numbers and sums. Everything else process 0 has saved.
+    """
+    if NODES == 1:
+        return
+    from torch import distributed
+
+    names = (f"rng_state_{RANK}.pth", f"log_window_{RANK}.json")
+    mine = {name: (folder / name).read_bytes() for name in names}
+    parts = [None] * WORLD_SIZE if RANK == 0 else None
+    distributed.gather_object(mine, parts)
+    for part in parts or ():
+        for name, content in part.items():
+            if not (folder / name).is_file():
+                (folder / name).write_bytes(content)
+
+
+def share_checkpoint(checkpoint: Path | None) -> None:
+    """Bring the checkpoint to resume from, and the best one, to machines that lack them.
+
+    Machines that share a disk have them.
+    """
+    if NODES == 1 or checkpoint is None:
+        return
+    folders, mark = [checkpoint], checkpoint / ".shared"
+    token = broadcast(os.urandom(8).hex())
+    if RANK == 0:
+        mark.write_text(token, encoding="utf-8")
+        state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+        folders += [Path(best) for best in [state["best_model_checkpoint"]] if best]
+    files = broadcast([file for folder in folders for file in folder.iterdir() if file != mark])
+    here = mark.is_file() and mark.read_text(encoding="utf-8") == token
+    (lacking,) = any_rank(not here)
+    if LOCAL_RANK == 0 and not here:
+        shutil.rmtree(checkpoint, ignore_errors=True)  # Of an earlier start on this machine.
+    for file in files if lacking else ():
+        content = broadcast(file.read_bytes() if RANK == 0 else None)
+        if LOCAL_RANK == 0 and not here:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_bytes(content)
+    any_rank(False)  # All of them have looked and written.
+    if RANK == 0:
+        mark.unlink()
+
+
+def has_experts(config: Any) -> bool:
+    """Whether a model sends each token to some of several experts."""
+    text = config.get_text_config()
+    return bool(getattr(text, "num_local_experts", 0) or getattr(text, "num_experts", 0))
 
 
 # --- shared: the same text in every script that has it ---------------------------------------
