@@ -155,8 +155,7 @@ def main(argv: list[str] | None = None) -> None:
     profile = build_profile(args, adapter, contract, fit, reported, fitted, account, weights)
     tables = build_tables(profile)
     for title, rows in tables:
-        print(f"\n{title}")
-        print_columns(rows)
+        print("\n".join(["", title, *text_table(rows)]), flush=True)
     for remark in remarks(profile):
         print(f"\n{remark}")
     write_results(args, profile, tables, fit, reported)
@@ -745,7 +744,7 @@ def measure(posts: Scored, answers: dict[str, tuple[Any, Any]], seed: int) -> di
                 add_interval(figures[key], found.get((way, place, key), {"low": None}))
         groups = {place: figures for place, figures in places.items() if place != "overall"}
         gaps = {
-            rate: build_group_gap(posts, groups, flagged, rate, seed)
+            rate: gap_between_groups(posts, groups, flagged, rate, seed)
             for rate in ("false_positive_rate", "false_negative_rate")
         }
         measured[way] = {"overall": places["overall"], "groups": groups, "gap": gaps}
@@ -757,23 +756,17 @@ def measure(posts: Scored, answers: dict[str, tuple[Any, Any]], seed: int) -> di
     return measured
 
 
-def build_group_gap(
+def gap_between_groups(
     posts: Scored, groups: dict[str, Any], flagged: Any, rate: str, seed: int
 ) -> dict[str, Any]:
-    """The largest difference between groups in an error rate, with a permutation p-value.
+    """`widest_gap` of an error rate with its permutation p-value; its n counts groups.
 
-    `high` is the largest upper end of the pairs' score intervals (Newcombe 1998, method 10), which
-    bounds the true gap because one of the pairs is the true extreme one. `low` is 0 unless p says
-    that there is a difference. A post of two groups counts in both, which widens the interval.
+    `low` is 0 unless p says that there is a difference.
     """
     import numpy as np
 
     enough, left_out = comparable(groups, rate)
-    some = [groups[group][rate] for group in enough]
-    reason = f"fewer than two groups with {MIN_DENOMINATOR} posts"
-    values = [figure["value"] for figure in some]
-    n = sum(figure["n"] for figure in some)
-    gap = number(max(values) - min(values) if len(some) > 1 else None, n, reason)
+    gap = widest_gap([[groups[group][rate] for group in enough]])
     gap |= {"p": None, "groups": enough, "left_out": left_out}
     if gap["value"] is None:
         return gap
@@ -781,13 +774,8 @@ def build_group_gap(
     wrong = (flagged != posts.truth)[counted]
     members = np.stack([posts.members[group][counted] for group in enough], axis=1)
     gap["p"] = permute_groups(wrong, members, [*range(len(enough))], seed)[0]
-    lows, highs = [], []
-    for one, other in itertools.permutations(some, 2):
-        away = one["value"] - other["value"]
-        lows.append(away - math.hypot(one["value"] - one["low"], other["high"] - other["value"]))
-        highs.append(away + math.hypot(one["high"] - one["value"], other["value"] - other["low"]))
-    gap["low"] = max(0.0, *lows) if gap["p"] < 0.05 else 0.0
-    gap["high"] = min(1.0, max(highs))
+    if gap["p"] >= 0.05:
+        gap["low"] = 0.0
     return gap
 
 
@@ -1094,7 +1082,7 @@ def list_profiles(adapter: Repo, profiles: dict[str, Any]) -> None:
                 "used by early stopping" if fitted_on.get("used_by_early_stopping") else "",
             ]
         )
-    print_columns(rows)
+    print("\n".join(text_table(rows)), flush=True)
 
 
 def cut_text(value: float | None) -> str:
@@ -1256,7 +1244,8 @@ def figure_text(figure: dict[str, Any]) -> str:
     """A share in per cent with its interval; of too few posts only their number."""
     if figure["value"] is None:
         return f"undefined ({visible(figure['reason'])})"
-    if figure["n"] < MIN_DENOMINATOR:
+    # The n of a gap counts its groups, of which each has enough posts.
+    if "groups" not in figure and figure["n"] < MIN_DENOMINATOR:
         return f"insufficient (n {figure['n']})"
     text = f"{100 * figure['value']:.1f} %"
     if figure["low"] is not None:
@@ -1320,6 +1309,17 @@ def remarks(profile: dict[str, Any]) -> list[str]:
         "[low, high]: 95 % interval; rates Wilson, gaps Newcombe, the rest bootstrap (BCa). p of a "
         "gap: how often one as large comes about where groups make no difference (permutation)."
     ]
+    gaps = profile["measured"]["apply"]["after"]["gap"]
+    left_out = [
+        f"{rate.replace('_', ' ')}: {', '.join(map(visible, gap['left_out']))}"
+        for rate, gap in gaps.items()
+        if gap["left_out"]
+    ]
+    if left_out:
+        lines.append(
+            f"Gaps leave out the groups with fewer than {MIN_DENOMINATOR} posts to count "
+            f"({'; '.join(left_out)}): of them nothing is known."
+        )
     lines.append(f"Per-group cut-offs. {GROUP_CUTS_REASON}")
     if profile["fitted_on"]["used_by_early_stopping"]:
         lines.append(f"Warning. {USED_POSTS}")
@@ -1346,12 +1346,13 @@ def remarks(profile: dict[str, Any]) -> list[str]:
     return lines
 
 
-def print_columns(rows: list[list[str]]) -> None:
-    """Print rows as aligned columns."""
+def text_table(rows: list[list[str]]) -> list[str]:
+    """Rows as lines whose columns stand below each other."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    for row in rows:
-        cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
-        print("  ".join(cells).rstrip(), flush=True)
+    return [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    ]
 
 
 def write_results(
@@ -1718,6 +1719,16 @@ def moves(point: Any, drawn: Any) -> Any:
     return (known.sum(1) >= 0.9 * drawn.shape[1]) & differ & np.isfinite(point)
 
 
+def difference_ends(one: dict[str, Any], other: dict[str, Any]) -> tuple[float, float]:
+    """The 95 % ends of a difference of independent rates from those of each.
+
+    Newcombe (1998), method 10.
+    """
+    away = one["value"] - other["value"]
+    low = away - math.hypot(one["value"] - one["low"], other["high"] - other["value"])
+    return low, away + math.hypot(one["high"] - one["value"], other["value"] - other["low"])
+
+
 def permute_groups(
     wrong: Any, members: Any, compared: list[int], seed: int, resamples: int = RESAMPLES
 ) -> tuple[float, list[float]]:
@@ -1774,6 +1785,25 @@ def calibration_error(counts: Any, scores: Any, positive: Any, bins: Any) -> Any
     inside = np.eye(bins.max() + 1)[bins] * (positive - scores)[:, None]
     with np.errstate(divide="ignore", invalid="ignore"):
         return np.abs(counts @ inside).sum(1) / counts.sum(1, dtype=np.float64)
+
+
+def widest_gap(rates: list[list[dict[str, Any]]]) -> dict[str, Any]:
+    """The largest difference between groups in any of some rates, each given for every group.
+
+    One pair of groups truly differs most, so the largest upper end of the pairs' intervals bounds
+    the true difference; the largest lower end does once a test says that there is a difference,
+    and is 0 otherwise. A post of two groups counts in both, which widens the interval.
+    """
+    pairs = [pair for some in rates for pair in itertools.permutations(some, 2)]
+    if not pairs:
+        return number(None, len(rates[0]), TOO_FEW_GROUPS)
+    figure = number(max(one["value"] - other["value"] for one, other in pairs), len(rates[0]), "")
+    ends = [difference_ends(*pair) for pair in pairs]
+    lows, highs = zip(*ends, strict=True)
+    return figure | {"low": max(0.0, *lows), "high": min(1.0, max(highs))}
+
+
+TOO_FEW_GROUPS = f"fewer than two groups have {MIN_DENOMINATOR} posts to count"
 
 
 def add_interval(figure: dict[str, Any], found: dict[str, Any]) -> None:
@@ -2024,6 +2054,13 @@ def run_of_rows(
         else:
             negative = next(one for one in labels if one != positive)
             predicted.append(positive if score >= options["threshold"] else negative)
+    lacking = scores.count(None)
+    if 0 < lacking < len(scores):
+        print(
+            f"{origin}: {lacking} of {len(scores)} rows of {strategy} have no score; figures of "
+            "scores are left out",
+            flush=True,
+        )
     if column["prediction"] and not any(predicted):
         seen = sorted({visible(repr(row.get(column["prediction"]))) for row in rows})
         fail(f"{origin}: no prediction is one of {', '.join(labels)}; there are {seen[:5]}.")
@@ -2064,7 +2101,7 @@ def label_of(value: Any, labels: list[str], options: dict[str, Any]) -> str | No
 
 def score_of(value: Any, origin: str, number_: int) -> float | None:
     """A probability, or None for an empty cell."""
-    if value is None or value == "":
+    if value is None or value == "" or (isinstance(value, float) and math.isnan(value)):
         return None
     try:
         score = float(value)

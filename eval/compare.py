@@ -100,11 +100,14 @@ POOLED = {
 LIMITS_OF_COMPARISON = (
     "Intervals of a difference (95 %, paired bootstrap) and p-values (exact McNemar) say how far "
     "it could move if other posts of the same kind were drawn. They know nothing of another seed: "
-    "of two checkpoints they tell which decides better, not which recipe trains better.",
+    "of two checkpoints they tell which makes fewer errors, not which recipe trains better.",
     "Recipes are compared over their seeds on these same posts (Welch's t interval). With few "
     "seeds it is wide, and it knows nothing of other posts.",
-    "p-values are corrected (Holm) over all groups, both error rates and all pairs. What is not "
-    "named as better is not shown to be equal; the intervals say what can be excluded.",
+    "p-values are corrected (Holm) in two families: accuracies over all pairs of runs; error rates "
+    "over all posts and all groups, both rates and all pairs. Each family errs in at most 5 % of "
+    "comparisons without any difference. Other figures have intervals only and are never claimed.",
+    "What is not named as different is not shown to be equal; the intervals say what can be "
+    "excluded.",
     "An answer without label counts as wrong. A post that is aimed at several groups counts in "
     "each of them.",
     "Whoever picks the best of several runs by this table overrates it: choose on validation "
@@ -202,6 +205,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         fail("--strict makes --require stricter; there is none.")
     pooled = [one for pool in args.pool for one in pool]
     for one in [*runs, *pooled]:
+        if re.search("[<>=]", one) and not Path(one).expanduser().exists():
+            fail(
+                f"{visible(repr(one))} is no run: runs are adapter repos, folders or files. If it "
+                "is a requirement, write --require before each: --require 'f1>=0.6' --require "
+                "'lgbtq.fpr<=0.4'."
+            )
         if runs.count(one) > 1 or pooled.count(one) > 1 or not one:
             fail(f"the run {one!r} is named twice. Name each run once.")
     args.runs = list(dict.fromkeys([*runs, *pooled]))
@@ -223,7 +232,7 @@ def main(argv: list[str] | None = None) -> None:
     quiet_libraries()
     args = parse_args(argv)
     runs = name_runs(read_all(args))
-    traces = [trace(run) for run in runs]
+    traces = trace_all(runs)
     runs, posts = align(runs)
     notes = [*posts.notes, *compare_records(runs), *count_reads(runs, traces)]
     metrics = compare_runs(runs, args.seed)
@@ -244,7 +253,11 @@ def main(argv: list[str] | None = None) -> None:
     }
     sections = comparison_sections(comparison)
     write_comparison(Path(args.output_dir).expanduser(), comparison, sections, runs)
-    print_sections(sections)
+    for section in sections:
+        if section.printed:
+            table = text_table(section.rows) if section.rows else []
+            lines = [f"  {line}" for line in [*section.sentences, *table]]
+            print("\n".join(["", section.title, *lines]))
     print(f"\ncomparison: {Path(args.output_dir) / 'compare.md'}", flush=True)
     failing = [one for one in judged if not one["holds"]]
     if failing:
@@ -440,7 +453,7 @@ class Trace:
     """The adapter behind a run, where the argument names its repo or folder.
 
     `contract` is the adapter's, or empty where it is not known or of another training. `records`
-    are those of all evaluations that its repo holds.
+    are those of all evaluations that its repo holds or ever held.
     """
 
     adapter: Repo | None = None
@@ -448,23 +461,78 @@ class Trace:
     records: list[dict[str, Any]] = field(default_factory=list)
 
 
-def trace(run: Answered) -> Trace:
+def trace_all(runs: list[Answered]) -> list[Trace]:
+    """The adapter of each run; the history of each repo is listed once."""
+    histories: dict[str, dict[str, list[str]]] = {}
+    return [trace(run, histories) for run in runs]
+
+
+def trace(run: Answered, histories: dict[str, dict[str, list[str]]]) -> Trace:
     """Find the adapter of a run, what trained it, and how often it was evaluated."""
     adapter = find_adapter(run.origin) if run.record else None
     if adapter is None:
         return Trace()
     folder = adapter.fetch(CONTRACT, f"eval/*/{CONTRACT}")
-    records = [
-        read_record(file.parent, f"{adapter.name}/{file.parent.name}")
+    records = {
+        file.parent.name: read_record(file.parent, f"{adapter.name}/{file.parent.name}")
         for file in sorted(folder.glob(f"eval/*/{CONTRACT}"))
-    ]
+    }
+    if adapter.folder is None and adapter.name not in histories:
+        histories[adapter.name] = list_evaluations(adapter.name)
+    evaluations = past_evaluations(adapter, records, histories.get(adapter.name, {}))
     contract = read_record(folder, adapter.name)
     evaluated = (run.record.get("training") or {}).get("run_sha256")
     if contract.get("stage") != "adapter" or contract["training"]["run_sha256"] != evaluated:
         name = visible(run.name)
         print(f"{adapter.name} was trained anew after {name}: its arguments are not read")
         contract = {}
-    return Trace(adapter, contract, records)
+    return Trace(adapter, contract, evaluations)
+
+
+def list_evaluations(name: str) -> dict[str, list[str]]:
+    """The commits that wrote evaluations into an adapter repo, by the evaluation's name."""
+    from huggingface_hub import HfApi
+
+    with hub_errors(f"list the commits of {name}"):
+        history = HfApi().list_repo_commits(name)
+    found: dict[str, list[str]] = {}
+    for one in history:
+        evaluation = one.title.removeprefix("Evaluate: ")
+        # A name is one folder: of anything else somebody wrote such a title by hand.
+        if evaluation != one.title and re.fullmatch(r"\w[\w.-]*", evaluation, re.ASCII):
+            found.setdefault(evaluation, []).append(one.commit_id)
+    return found
+
+
+def past_evaluations(
+    adapter: Repo, records: dict[str, dict[str, Any]], commits: dict[str, list[str]]
+) -> list[dict[str, Any]]:
+    """The record of each evaluation ever: a later one of the same name overwrites the folder.
+
+    `records` are those at the adapter's revision, of which one without commits (a local folder, a
+    squashed history) counts once.
+    """
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import RemoteEntryNotFoundError
+
+    found = [record for name, record in records.items() if name not in commits]
+    for name, hashes in commits.items():
+        if len(hashes) == 1 and name in records:
+            found.append(records[name])
+            continue
+        for commit_hash in hashes:
+            with (
+                hub_errors(f"read the evaluation {name} of {adapter.name}@{commit_hash}"),
+                contextlib.suppress(RemoteEntryNotFoundError),
+            ):
+                file = hf_hub_download(
+                    adapter.name, f"eval/{name}/{CONTRACT}", revision=commit_hash
+                )
+                record = read_record(Path(file).parent, f"{adapter.name}/{name}")
+                # A report that is pushed again unchanged, for the card, reads nothing anew.
+                if record not in found:
+                    found.append(record)
+    return found
 
 
 def find_adapter(origin: str) -> Repo | None:
@@ -529,13 +597,13 @@ def count_reads(runs: list[Answered], traces: list[Trace]) -> list[str]:
         return []
     words = ", ".join(f"{count} by the adapter of {name}" for name, count in reads.values())
     return [
-        f"These posts were evaluated {total} times ({words}): a run that was chosen for its "
-        "figures here is overrated by them."
+        f"These posts were evaluated at least {total} times ({words}): a run that was chosen for "
+        "its figures here is overrated by them."
     ]
 
 
 def reads_of(run: Answered, found: Trace) -> int:
-    """How many evaluations in the adapter's repo are of this run's posts."""
+    """How many evaluations in the history of the adapter's repo are of this run's posts."""
     return sum(posts_read(record) == posts_read(run.record) for record in found.records)
 
 
@@ -573,7 +641,11 @@ def changed_arguments(traces: list[Trace]) -> list[dict[str, Any] | None]:
 
 
 def dollars_of(found: Trace) -> float | None:
-    """What the training's Jobs cost; None where the contract records no cost."""
+    """The least that the training's Jobs cost; None where the contract records no cost.
+
+    A training records what a start cost only where it pauses: not of its last start, and not of
+    starts before one by hand.
+    """
     relay = (found.contract.get("training") or {}).get("relay") or {}
     return relay.get("spent_usd") or None
 
@@ -593,7 +665,7 @@ def describe_runs(
             "evaluation": run.record.get("name"),
             "unparsed": run.predicted.count(None),
             "changed_arguments": arguments,
-            "dollars": dollars_of(one),
+            "dollars_at_least": dollars_of(one),
             "test_reads": reads_of(run, one) if one.adapter else None,
             "recipe": next((item.name for item in recipes if run.name in item.runs), None),
         }
@@ -627,6 +699,7 @@ def compare_runs(runs: list[Answered], seed: int) -> dict[str, Any]:
             for one in answers[bool(strategies) :]
         ]
         comparisons.append(build_comparison(sample, *pair, counted, ranked))
+        test_error_rates(sample, comparisons[-1])
     correct_over_pairs(comparisons)
     return {
         "schema": SCHEMA,
@@ -642,22 +715,33 @@ def compare_runs(runs: list[Answered], seed: int) -> dict[str, Any]:
     }
 
 
+def test_error_rates(sample: Sample, one: dict[str, Any]) -> None:
+    """Add the exact McNemar p of both error rates over all posts: each of one label's posts."""
+    decided = [sample.decided(one[side]) for side in ("first", "second")]
+    right, also = (answers == sample.truth for answers in decided)
+    labels = {
+        "false_positive_rate": ~sample.positives,
+        "false_negative_rate": sample.positives,
+    }
+    for rate, posts in labels.items():
+        if posts.sum() >= MIN_DENOMINATOR:
+            one["overall"][rate]["p"] = mcnemar(
+                int((posts & right & ~also).sum()), int((posts & also & ~right).sum())
+            )
+
+
 def correct_over_pairs(comparisons: list[dict[str, Any]]) -> None:
     """Add `p_holm_pairs`: p corrected over all pairs too, since each is one more chance to err.
 
-    Accuracies are one family; error rates of groups are the other.
+    Accuracies are one family; error rates, of all posts and of groups, are the other.
     """
-    accuracy = {
-        (index, "accuracy"): one["overall"]["accuracy"] for index, one in enumerate(comparisons)
-    }
-    rates = {
-        (index, group, rate): figure
-        for index, one in enumerate(comparisons)
-        for group, figures in one["groups"].items()
-        for rate, figure in figures.items()
-        if "p" in figure
-    }
-    for family in (accuracy, rates):
+    families: dict[bool, dict[tuple[int, str, str], dict[str, Any]]] = {True: {}, False: {}}
+    for index, one in enumerate(comparisons):
+        for place, figures in {"overall": one["overall"], **one["groups"]}.items():
+            for key, figure in figures.items():
+                if "p" in figure:
+                    families[key == "accuracy"][index, place, key] = figure
+    for family in families.values():
         adjusted = holm({key: figure["p"] for key, figure in family.items()})
         for key, p in adjusted.items():
             family[key]["p_holm_pairs"] = p
@@ -692,11 +776,11 @@ def find_claims(one: dict[str, Any], p_key: str) -> list[dict[str, Any]]:
             if low <= 0:
                 continue
             pair = (one["first"], one["second"])
-            better, worse = pair if favours else pair[::-1]
+            favoured, other = pair if favours else pair[::-1]
             claims.append(
                 {
-                    "better": better,
-                    "worse": worse,
+                    "favours": favoured,
+                    "over": other,
                     "place": place,
                     "figure": key,
                     "points": points,
@@ -734,16 +818,51 @@ def points_words(points: float, low: float, high: float) -> str:
     return f"{points:.1f} points [{low:.1f}, {high:.1f}]"
 
 
-def describe_claims(claims: list[dict[str, Any]]) -> str:
-    """`B is better than A on X by 6.1 points [1.2, 11.0] and on Y by ...`, a part for each side."""
-    sides: dict[tuple[str, str], list[str]] = {}
+NOTHING_ELSE = "nothing else that was tested passes Holm's correction"
+
+
+def claims_by_side(claims: list[dict[str, Any]]) -> dict[tuple[str, str], list[dict[str, Any]]]:
+    """The claims for each side, by the names of that side and of the other."""
+    sides: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for claim in claims:
-        what = place_words(claim["place"], claim["figure"])
+        sides.setdefault((claim["favours"], claim["over"]), []).append(claim)
+    return sides
+
+
+def describe_checkpoints(claims: list[dict[str, Any]]) -> str:
+    """`B makes fewer false negatives on X posts (rate lower by 6.1 points [1.2, 11.0]) than A`.
+
+    What is counted on these posts, a part for each side: two checkpoints say nothing of better.
+    """
+    words = {
+        "accuracy": ("errors", "accuracy higher"),
+        "false_positive_rate": ("false positives", "rate lower"),
+        "false_negative_rate": ("false negatives", "rate lower"),
+    }
+
+    def part(claim: dict[str, Any]) -> str:
+        errors, moved = words[claim["figure"]]
+        place = {"overall": "all posts", NO_TARGET: "posts without target"}
+        where = place.get(claim["place"]) or f"{visible(claim['place'])} posts"
         by = points_words(claim["points"], claim["low"], claim["high"])
-        sides.setdefault((claim["better"], claim["worse"]), []).append(f"on {what} by {by}")
+        return f"fewer {errors} on {where} ({moved} by {by})"
+
     return "; ".join(
-        f"{visible(better)} is better than {visible(worse)} {join_words(parts)}"
-        for (better, worse), parts in sides.items()
+        f"{visible(one)} makes {join_words([part(claim) for claim in some])} than {visible(other)}"
+        for (one, other), some in claims_by_side(claims).items()
+    )
+
+
+def describe_recipes(claims: list[dict[str, Any]]) -> str:
+    """`B is better than A on X by 6.1 points [1.2, 11.0] and on Y by ...`, a part for each side."""
+
+    def part(claim: dict[str, Any]) -> str:
+        by = points_words(claim["points"], claim["low"], claim["high"])
+        return f"on {place_words(claim['place'], claim['figure'])} by {by}"
+
+    return "; ".join(
+        f"{one} is better than {other} {join_words([part(claim) for claim in some])}"
+        for (one, other), some in claims_by_side(claims).items()
     )
 
 
@@ -759,8 +878,7 @@ def describe_pair(
     claims, few = find_claims(one, "p_holm_pairs"), name_insufficient(one)
     first, second = visible(one["first"]), visible(one["second"])
     if claims:
-        words = f"These two checkpoints differ: {describe_claims(claims)}; no evidence of change "
-        words += "elsewhere."
+        words = f"These two checkpoints differ: {describe_checkpoints(claims)}; {NOTHING_ELSE}."
     else:
         accuracy = one["overall"]["accuracy"]
         higher, (points, low, high) = first, (0.0, 0.0, 0.0)
@@ -933,7 +1051,7 @@ def compare_recipes(recipes: list[Recipe], positive: str) -> list[dict[str, Any]
         first, second = one["first"], one["second"]
         seeds = f"{one['seeds'][0]} and {one['seeds'][1]} seeds"
         if one["claims"]:
-            words = f"{describe_claims(one['claims'])} ({seeds}); no evidence of change elsewhere."
+            words = f"{describe_recipes(one['claims'])} ({seeds}); {NOTHING_ELSE}."
         else:
             words = f"No evidence that {first} and {second} differ ({seeds})."
         one["words"] = words[0].upper() + words[1:]
@@ -980,9 +1098,17 @@ def comparison_sections(comparison: dict[str, Any]) -> list[Section]:
     # They count posts by their true label, so they are the same for every pair.
     sentences += describe_insufficient(comparison["verdicts"][0]["insufficient"])
     sentences.append(
-        "Tested of two checkpoints: accuracy over all posts, and both error rates of each group; "
-        "p is corrected (Holm)."
+        "Tested of two checkpoints: accuracy over all posts, and the false positive and the false "
+        "negative rate over all posts and of each group, where there are "
+        f"{MIN_DENOMINATOR} posts to count (exact McNemar; Holm's correction over all pairs, for "
+        "the accuracies and for the error rates). All other differences have an interval and no "
+        "test."
     )
+    if comparison["recipe_comparisons"]:
+        sentences.append(
+            f"Tested of recipes: {', '.join(POOLED.values())}, over all posts and of each group "
+            "(Welch's t-test over seeds; one Holm's correction)."
+        )
     differ = any(one["claims"] for one in comparison["verdicts"])
     if differ and not comparison["recipe_comparisons"]:
         sentences.append(
@@ -993,14 +1119,7 @@ def comparison_sections(comparison: dict[str, Any]) -> list[Section]:
         Section("Verdict", sentences),
         *requirement_section(comparison),
         Section("Posts", [describe_shared_posts(metrics), *comparison["notes"]]),
-        Section(
-            "Runs",
-            [
-                "FPR, FNR of a group: percent of its posts of the other and of the positive label; "
-                f"few: fewer than {MIN_DENOMINATOR} posts. Intervals stand in the next table."
-            ],
-            run_table(comparison),
-        ),
+        run_section(comparison),
         Section("Error rates per target group", [], rate_table(metrics)),
         *[replace(one, printed=len(pairs) <= MOST_PRINTED_PAIRS) for one in pairs],
         *recipe_sections(comparison),
@@ -1037,14 +1156,14 @@ def run_table(comparison: dict[str, Any]) -> list[list[str]]:
     header = ["run", f"F1 {visible(positive)}", "accuracy", "false positive rate"]
     header += ["false negative rate", "AUROC"]
     header += [place_words(group, "FPR, FNR") for group in groups]
-    header += ["dollars", "evaluations of these posts", "arguments that differ", "recipe"]
+    header += ["dollars", "recorded evaluations of these posts", "arguments that differ", "recipe"]
     rows = [header]
     names = (f"f1_{positive}", "accuracy", "false_positive_rate", "false_negative_rate", "roc_auc")
     for run, strategy in zip(comparison["runs"], metrics["strategies"], strict=True):
         figures = figures_at(strategy, "overall")
         cells = [percent_words(figures[name]) for name in names]
         cells += [short_rates(figures_at(strategy, group)) for group in groups]
-        dollars, reads = run["dollars"], run["test_reads"]
+        dollars, reads = run["dollars_at_least"], run["test_reads"]
         cells += ["not recorded" if dollars is None else f"at least {dollars:.2f}"]
         cells += ["not recorded" if reads is None else str(reads)]
         arguments = run["changed_arguments"]
@@ -1052,12 +1171,26 @@ def run_table(comparison: dict[str, Any]) -> list[list[str]]:
         if arguments:
             words = ", ".join(f"{name} {value}" for name, value in arguments.items())
         rows.append([visible(run["name"]), *cells, visible(words, 300), run["recipe"] or ""])
-    # A column that says nothing of any run only widens the table.
-    idle = {"not recorded", ""}
-    kept = [
-        column for column in range(len(header)) if any(row[column] not in idle for row in rows[1:])
+    return rows
+
+
+def run_section(comparison: dict[str, Any]) -> Section:
+    """The table of runs; a column that says nothing of any run is a sentence instead."""
+    rows = run_table(comparison)
+    columns = [{row[column] for row in rows[1:]} for column in range(len(rows[0]))]
+    kept = [column for column, cells in enumerate(columns) if cells - {"not recorded", ""}]
+    unknown = [
+        title for title, cells in zip(rows[0], columns, strict=True) if cells == {"not recorded"}
     ]
-    return [[row[column] for column in kept] for row in rows]
+    sentences = [
+        "FPR, FNR of a group: percent of its posts of the other and of the positive label; "
+        f"few: fewer than {MIN_DENOMINATOR} posts. Intervals stand in the next table."
+    ]
+    if unknown:
+        sentences.append(f"Not recorded of any run: {', '.join(unknown)}.")
+    if "dollars" not in unknown:
+        sentences.append("Dollars are recorded where a training pauses; its last start is not in.")
+    return Section("Runs", sentences, [[row[column] for column in kept] for row in rows])
 
 
 def short_rates(figures: dict[str, Any]) -> str:
@@ -1089,7 +1222,8 @@ def rate_table(metrics: dict[str, Any]) -> list[list[str]]:
 def difference_section(one: dict[str, Any]) -> Section:
     """A pair's differences: all posts, then every group's error rates."""
     first, second = visible(one["first"]), visible(one["second"])
-    rows = [["posts", "figure", "n", "difference in points", "p (McNemar)", "p (Holm)", "better"]]
+    rows = [["posts", "figure", "n", "difference in points", "p (McNemar)", "p (Holm)"]]
+    rows[0].append("fewer errors")
     shown_ = [("overall", key, figure) for key, figure in one["overall"].items()]
     shown_ += [
         (group, rate, figures[rate])
@@ -1097,7 +1231,7 @@ def difference_section(one: dict[str, Any]) -> Section:
         for rate in ("false_positive_rate", "false_negative_rate")
     ]
     claimed = {
-        (claim["place"], claim["figure"]): claim["better"]
+        (claim["place"], claim["figure"]): claim["favours"]
         for claim in find_claims(one, "p_holm_pairs")
     }
     for place, key, figure in shown_:
@@ -1112,8 +1246,8 @@ def difference_section(one: dict[str, Any]) -> Section:
             words = f"{100 * figure['value']:+.1f} {ends}"
         where = "all" if place == "overall" else place_words(place, "").strip()
         p, adjusted = p_words(figure.get("p")), p_words(figure.get("p_holm_pairs"))
-        better = visible(claimed.get((place, key), ""))
-        rows.append([where, words_of(key), str(figure["n"]), words, p, adjusted, better])
+        fewer = visible(claimed.get((place, key), ""))
+        rows.append([where, words_of(key), str(figure["n"]), words, p, adjusted, fewer])
     sentence = (
         f"{one['changed']} of {one['n']} posts are decided otherwise: {one['only_first_right']} "
         f"only {first} decides rightly, {one['only_second_right']} only {second}."
@@ -1158,21 +1292,13 @@ def recipe_sections(comparison: dict[str, Any]) -> list[Section]:
     return sections
 
 
-def print_sections(sections: list[Section]) -> None:
-    """Print sentences and aligned tables."""
-    for section in sections:
-        if not section.printed:
-            continue
-        print(f"\n{section.title}")
-        for sentence in section.sentences:
-            print(f"  {sentence}")
-        if section.rows:
-            columns = range(len(section.rows[0]))
-            widths = [max(len(row[column]) for row in section.rows) for column in columns]
-            for row in section.rows:
-                cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
-                print(("  " + "  ".join(cells)).rstrip())
-    sys.stdout.flush()
+def text_table(rows: list[list[str]]) -> list[str]:
+    """Rows as lines whose columns stand below each other."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    return [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    ]
 
 
 def sections_as_markdown(sections: list[Section]) -> str:
@@ -1254,6 +1380,9 @@ def find_comparison(metrics: dict[str, Any], path: str) -> tuple[dict[str, Any],
     others: dict[str, dict[str, Any]] = {}
     for number_, one in enumerate(metrics["comparisons"], start=1):
         others |= {str(number_): one, one["second"]: one}
+    for one in metrics["strategies"][1:]:
+        if one["overall"] is None:
+            others[one["name"]] = one
     if "base_model" in others:
         others.setdefault("base", others["base_model"])
     # A name may hold dots, and one may begin like another.
@@ -1277,13 +1406,15 @@ def find_figure(metrics: dict[str, Any], path: str) -> dict[str, Any]:
     if path.startswith("vs_"):
         one, rest = find_comparison(metrics, path)
         bias = {}
+        if one["overall"] is None:
+            return number(None, 0, f"{one['name']}: {one['reason']}")
     place, _, key = rest.rpartition(".")
     key = SHORT_NAMES.get(key, key)
     form = {"gap": "max_min", "ratio": "min_max_ratio"}.get(place)
     if (form or key.endswith("_difference")) and bias is None:
         return number(None, 0, "all posts have the same answer")
     if form and bias:
-        figures = {rate: gap[form] for rate, gap in bias["gaps"].items()}
+        figures = {rate: gap_of(one, rate, gap, form) for rate, gap in bias["gaps"].items()}
     elif place in ("", "overall"):
         figures = worst_of(one, "overall", one["overall"]) | (bias or {})
     elif place in one["groups"]:
@@ -1308,6 +1439,15 @@ def find_figure(metrics: dict[str, Any], path: str) -> dict[str, Any]:
     return figure
 
 
+def gap_of(one: dict[str, Any], rate: str, gap: dict[str, Any], form: str) -> dict[str, Any]:
+    """A gap with the groups that it leaves out; answers without label count as wrong in it."""
+    figure = gap[form]
+    if one.get("unparsed") and form == "max_min" and figure["value"] is not None:
+        places = one["unparsed"]["as_errors"]
+        figure = widest_gap([[places[group][rate] for group in gap["groups"] if group in places]])
+    return figure | {"left_out": gap["left_out"]}
+
+
 def worst_of(one: dict[str, Any], place: str, figures: dict[str, Any]) -> dict[str, Any]:
     """A strategy's figures of a place, where answers without label count as wrong."""
     unparsed = one.get("unparsed")
@@ -1317,7 +1457,7 @@ def worst_of(one: dict[str, Any], place: str, figures: dict[str, Any]) -> dict[s
 def judge(metrics: dict[str, Any], requirements: list[str], strict: bool) -> list[dict[str, Any]]:
     """Whether each requirement holds, for the figure or, if `strict`, for its interval's bad end.
 
-    What is undefined does not hold, nor, if `strict`, what has no interval.
+    What is undefined does not hold, nor, if `strict`, what has no interval or leaves a group out.
     """
     tests = {">=": operator.ge, "<=": operator.le, ">": operator.gt, "<": operator.lt}
     verdicts = []
@@ -1330,6 +1470,12 @@ def judge(metrics: dict[str, Any], requirements: list[str], strict: bool) -> lis
             reason = "no interval"
         # The last bits of a difference are rounding.
         holds = tested is not None and tests[sign](round(tested, 12), bound)
+        if figure.get("left_out"):
+            # Too few posts of a group are no proof of its treatment.
+            reason = (
+                reason or f"without {', '.join(map(visible, figure['left_out']))}: too few posts"
+            )
+            holds = holds and not strict
         verdicts.append(
             {
                 "requirement": text,
@@ -1952,7 +2098,8 @@ def build_figures(sample: Sample, strategy: str, posts: Any, decided: Any = None
         "false_positive_rate": share(fp, fp + tn, no_negative),
         "false_negative_rate": share(fn, fn + tp, no_positive),
         "flag_rate": share(tp + fp, n, "no posts"),
-        f"f1_{positive}": dice(tp, fp + fn, f"no {positive} posts and none predicted", n),
+        f"f1_{positive}": dice(tp, fp + fn, f"no {positive} posts and none predicted", n)
+        | {"least": tp + fn},
         "balanced_accuracy": number(figures["balanced_accuracy"], n, over_labels),
         "f1_macro": number(figures["f1_macro"], n, over_labels),
         "f1_weighted": number(figures["f1_weighted"], n, "no posts"),
@@ -1989,7 +2136,7 @@ def score_figures(sample: Sample, scores: Any, posts: Any) -> dict[str, Any]:
     if hits == n:
         reason = f"no {name_of_negative(sample.labels, positive)} posts"
     return {
-        "roc_auc": number(area, n, reason),
+        "roc_auc": number(area, n, reason) | {"least": min(hits, n - hits)},
         "average_precision": number(precision, n, reason),
         "brier": number(float(((p - truth) ** 2).mean()), n, ""),
         "ece": number(error, n, ""),
@@ -2045,6 +2192,11 @@ def build_strategy(
             found = ranked.get((name, place, key)) or counted.get((name, place, key))
             if found and isinstance(figure, dict) and "reason" in figure and figure["low"] is None:
                 add_interval(figure, found)
+                if figure["low"] is not None and key != "mcc":
+                    figure["low"], figure["high"] = (
+                        max(0.0, figure["low"]),
+                        min(1.0, figure["high"]),
+                    )
     unparsed = {}
     if overall["n_unparsed"]:
         answers, wrong = sample.predicted[name], sample.decided(name)
@@ -2170,16 +2322,30 @@ def build_bias(
                 entry[key]["low"] = 0.0
         entry[key]["left_out"] = [group for group in sample.groups if group not in enough]
     for key in ("roc_auc", "bpsn_auc", "bnsp_auc"):
-        values = [groups[group][key]["value"] for group in sample.groups]
+        values = [
+            groups[group][key]["value"] if has_enough(sample, group, key) else None
+            for group in sample.groups
+        ]
         known = [value for value in values if value is not None]
         value = float(power_mean(known)) if known else None
-        entry["power_means"][key] = number(value, len(known), "no group has this AUC") | {
+        entry["power_means"][key] = number(value, len(known), NO_AUC) | {
             "left_out": [
                 group for group, value in zip(sample.groups, values, strict=True) if value is None
             ]
         }
         add_interval(entry["power_means"][key], ranked.get((name, "mean", key), {"low": None}))
     return entry
+
+
+def has_enough(sample: Sample, group: str, key: str) -> bool:
+    """Whether both sides of a group's AUC have the least number of posts."""
+    inside, positive = sample.members[group], sample.positives
+    high, low = {
+        "roc_auc": (positive & inside, ~positive & inside),
+        "bpsn_auc": (positive & ~inside, ~positive & inside),
+        "bnsp_auc": (positive & inside, ~positive & ~inside),
+    }[key]
+    return min(high.sum(), low.sum()) >= MIN_DENOMINATOR
 
 
 def difference_p(
@@ -2197,6 +2363,7 @@ def difference_p(
     return min(1.0, len(rates) * min(p_values))
 
 
+NO_AUC = f"no group has {MIN_DENOMINATOR} posts on both sides"
 NO_ERROR = "no group has such an error"
 TOO_FEW_GROUPS = f"fewer than two groups have {MIN_DENOMINATOR} posts to count"
 
@@ -2472,7 +2639,11 @@ def rank_some(
             for index, place in enumerate(places):
                 found[name, place, "ece"] = away[:, index]
             for key in ("roc_auc", "bpsn_auc", "bnsp_auc"):
-                each = [found[name, group, key] for group in sample.groups if (group, key) in sides]
+                each = [
+                    found[name, group, key]
+                    for group in sample.groups
+                    if (group, key) in sides and has_enough(sample, group, key)
+                ]
                 if each:
                     found[name, "mean", key] = power_mean(each)
         for first, second in pairs:
@@ -2546,6 +2717,8 @@ def build_comparison(
         if not found:
             outside = place == NO_TARGET and key in ("bpsn_auc", "bnsp_auc")
             reason = "not a target group" if outside else "one of the two has none"
+            if not outside and {first, second} - {*sample.varied}:
+                reason = "one of the two gives every post the same answer"
             return number(None, size, reason)
         figure = number(found["value"], size, "")
         return figure | {"low": found["low"], "high": found["high"]}
@@ -2820,6 +2993,13 @@ def run_of_rows(
         else:
             negative = next(one for one in labels if one != positive)
             predicted.append(positive if score >= options["threshold"] else negative)
+    lacking = scores.count(None)
+    if 0 < lacking < len(scores):
+        print(
+            f"{origin}: {lacking} of {len(scores)} rows of {strategy} have no score; figures of "
+            "scores are left out",
+            flush=True,
+        )
     if column["prediction"] and not any(predicted):
         seen = sorted({visible(repr(row.get(column["prediction"]))) for row in rows})
         fail(f"{origin}: no prediction is one of {', '.join(labels)}; there are {seen[:5]}.")
@@ -2860,7 +3040,7 @@ def label_of(value: Any, labels: list[str], options: dict[str, Any]) -> str | No
 
 def score_of(value: Any, origin: str, number_: int) -> float | None:
     """A probability, or None for an empty cell."""
-    if value is None or value == "":
+    if value is None or value == "" or (isinstance(value, float) and math.isnan(value)):
         return None
     try:
         score = float(value)

@@ -864,3 +864,44 @@ def test_a_token_or_repo_that_may_not_ends_before_any_work(
     monkeypatch.setenv("HF_TOKEN", alice.token)
     calibrate.main(["--adapter", published, "--allow_public"])
     assert "decisions.json" in api.list_repo_files(published)
+
+
+def test_a_gap_is_the_widest_of_its_pairs_and_names_who_is_left_out(
+    calibrate: ModuleType, adapter: Path, capsys: pytest.CaptureFixture
+) -> None:
+    rows = made_rows("t", 900, 2, shift=1.0)
+    for row in rows[:12]:
+        row["target_groups"] = "women"
+    write_evaluation(adapter, "test", rows, groups=[*GROUPS, "women"])
+    flags = ["--adapter", str(adapter), "--output_dir", "out"]
+    calibrate.main(flags)
+    side = json.loads(Path("out/calibration.json").read_text())["profile"]["measured"]["apply"][
+        "after"
+    ]
+    rate = "false_positive_rate"
+    some = [side["groups"][group][rate] for group in GROUPS]
+    gap = side["gap"][rate]
+    assert gap["groups"] == GROUPS and gap["left_out"] == ["women"] and gap["n"] == 3
+    values = [figure["value"] for figure in some]
+    assert gap["value"] == pytest.approx(max(values) - min(values), abs=1e-12)
+    assert gap["p"] < 0.05 and gap["low"] > 0
+    ends = [calibrate.difference_ends(*pair) for pair in itertools.permutations(some, 2)]
+    assert gap["low"] == pytest.approx(max(low for low, _ in ends))
+    assert gap["high"] == pytest.approx(min(1, max(high for _, high in ends)))
+    printed = capsys.readouterr().out
+    assert "Gaps leave out the groups with fewer than 20 posts to count" in printed
+    assert "false positive rate: women" in printed
+    # A gap counts groups, so that few of them are not called insufficient posts.
+    row = next(line for line in printed.splitlines() if line.startswith("gap false positive rate"))
+    assert "insufficient" not in row
+
+
+def test_a_gap_that_chance_explains_reaches_down_to_zero(
+    calibrate: ModuleType, adapter: Path
+) -> None:
+    calibrate.main(["--adapter", str(adapter), "--output_dir", "out"])
+    sides = json.loads(Path("out/calibration.json").read_text())["profile"]["measured"]
+    gaps = [gap for side in sides.values() for way in ("before", "after")
+            for gap in side[way]["gap"].values()]  # fmt: skip
+    assert any(gap["p"] >= 0.05 for gap in gaps)
+    assert all(gap["low"] == 0 for gap in gaps if gap["p"] >= 0.05)
