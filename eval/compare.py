@@ -1367,11 +1367,14 @@ def parse_requirement(text: str) -> tuple[str, str, float]:
     """
     found = re.fullmatch(r"\s*([^<>=]*[^<>=\s])\s*(>=|<=|>|<)\s*([-+]?[\d.]+(?:e-?\d+)?)\s*", text)
     try:
-        return found[1], found[2], float(found[3])
+        bound = float(found[3])
+        if abs(bound) > 1:
+            raise ValueError
+        return found[1], found[2], bound
     except (TypeError, ValueError):
         fail(
             f"--require {visible(repr(text))} is no requirement. Write a figure, one of >=, <=, >, "
-            "<, and a number, such as 'f1>=0.62', 'lgbtq.fpr<=0.4' or 'gap.fpr<=0.1'."
+            "<, and a number from -1 to 1, such as 'f1>=0.62', 'lgbtq.fpr<=0.4' or 'gap.fpr<=0.1'."
         )
 
 

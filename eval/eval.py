@@ -676,6 +676,8 @@ def align_run(run: Answered, posts: list[dict[str, Any]], kind: str = "against")
         if not same or not all(same):
             wanted, there = places([plain_cell(text) for text in texts]), places(known)
     missing = len(wanted.keys() - there.keys())
+    if missing == len(wanted):
+        fail(f"--against {run.origin} has none of these posts: name a run on the same ones.")
     if missing:
         reason = f"it has no answer to {missing} of the {len(posts)} posts"
         return Answers(name, kind, None, None, reason)
@@ -5766,11 +5768,14 @@ def parse_requirement(text: str) -> tuple[str, str, float]:
     """
     found = re.fullmatch(r"\s*([^<>=]*[^<>=\s])\s*(>=|<=|>|<)\s*([-+]?[\d.]+(?:e-?\d+)?)\s*", text)
     try:
-        return found[1], found[2], float(found[3])
+        bound = float(found[3])
+        if abs(bound) > 1:
+            raise ValueError
+        return found[1], found[2], bound
     except (TypeError, ValueError):
         fail(
             f"--require {visible(repr(text))} is no requirement. Write a figure, one of >=, <=, >, "
-            "<, and a number, such as 'f1>=0.62', 'lgbtq.fpr<=0.4' or 'gap.fpr<=0.1'."
+            "<, and a number from -1 to 1, such as 'f1>=0.62', 'lgbtq.fpr<=0.4' or 'gap.fpr<=0.1'."
         )
 
 
@@ -6153,6 +6158,8 @@ def write_files(
     template = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(PAGE)
     (folder / "report.html").write_text(template.render(page), encoding="utf-8")
     (folder / "report.md").write_text(build_markdown(page), encoding="utf-8")
+    written = [folder / name for name in output_files(args) if name != CONTRACT]
+    record["files"] = {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in written}
     write_json(folder / CONTRACT, record)
 
 
@@ -6216,6 +6223,7 @@ def name_variant(args: argparse.Namespace, contract: dict[str, Any]) -> list[str
         f"profile-{args.profile}": args.profile,
         "evasion": args.evasion,
         "identity_swap": args.identity_swap,
+        "with_text": args.log_text,
     }
     return [word for word, said in words.items() if said]
 
@@ -6330,7 +6338,13 @@ def is_whole(folder: Path, names: tuple[str, ...] | list[str], key: str) -> bool
     """Say whether a folder holds all files of the evaluation of this key."""
     try:
         record = json.loads((folder / CONTRACT).read_text(encoding="utf-8"))
-        return record["key"] == key and all((folder / file).is_file() for file in names)
+        if record["key"] != key or not all((folder / file).is_file() for file in names):
+            return False
+        return all(
+            hashlib.sha256((folder / file).read_bytes()).hexdigest() == record["files"][file]
+            for file in names
+            if file != CONTRACT
+        )
     except (OSError, ValueError, KeyError, TypeError):
         return False
 
@@ -6418,6 +6432,19 @@ def new_card(args: argparse.Namespace, card: bytes, folder: Path) -> bytes:
     return update_card(text, section, metrics, record).encode("utf-8", "surrogateescape")
 
 
+def commit_again(name: str, operations: list[Any], message: str) -> str:
+    """`commit`, once more where another commit came first (412)."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        return commit(name, "model", operations, message)
+    except HfHubHTTPError as error:
+        if error.response.status_code != 412:
+            raise
+        print(f"another commit to {name} came first; once more", flush=True)
+        return commit(name, "model", operations, message)
+
+
 def push_files(
     args: argparse.Namespace, adapter: Repo, name: str, folder: Path, scores: Path | None
 ) -> None:
@@ -6448,7 +6475,7 @@ def push_files(
             file for file in files if file.startswith(f"eval/{name}/answers.") and file not in names
         ]
         operations += [CommitOperationDelete(path_in_repo=file) for file in stale]
-        made = commit(adapter.name, "model", operations, f"Evaluate: {name}")
+        made = commit_again(adapter.name, operations, f"Evaluate: {name}")
     print(f"pushed: {adapter.name}@{made} eval/{name}/", flush=True)
 
 
@@ -6934,11 +6961,10 @@ def bias_auc_table(metrics: dict[str, Any]) -> list[list[str]]:
 def comparison_table(metrics: dict[str, Any]) -> list[list[str]]:
     """The model's figures less those of each other strategy, header first."""
     keys = ("accuracy", "f1", "false_positive_rate", "false_negative_rate", "roc_auc")
-    rows = [["model less", *map(title_of, keys), "only the model right", "only the other"]]
+    rows = [["model less", *map(title_of, keys)]]
     for one in metrics["comparisons"]:
         cells = [shown_difference(key, one["overall"][key]) for key in keys]
-        counts = [str(one["only_first_right"]), str(one["only_second_right"])]
-        rows.append([visible(one["second"]), *cells, *counts])
+        rows.append([visible(one["second"]), *cells])
     return rows if len(rows) > 1 else []
 
 
@@ -7213,10 +7239,14 @@ def describe_behaviour(metrics: dict[str, Any]) -> list[str]:
     known = {kind: figure for kind, figure in lost.items() if figure["value"] is not None}
     if known:
         kind = max(known, key=lambda name: known[name]["value"])
-        sentences.append(
-            f"Of {len(known)} ways to evade, {visible(kind)} costs most recall: "
-            f"{shown_difference('recall', known[kind])}."
-        )
+        cost = shown_difference("recall", known[kind])
+        sentence = f"Of {len(known)} ways to evade, {visible(kind)} costs most recall: {cost}."
+        if known[kind]["low"] is None or known[kind]["low"] <= 0:
+            sentence = (
+                f"None of {len(known)} ways to evade is shown to cost recall (most: "
+                f"{visible(kind)}, {cost}); a model that flags whatever looks odd seems robust."
+            )
+        sentences.append(sentence)
     pairs = [
         pair
         for pair in (metrics["identity_swap"] or {}).get("pairs") or []
@@ -7319,7 +7349,7 @@ def repeat_command(record: dict[str, Any]) -> str:
             continue
         if isinstance(value, dict):
             value = json.dumps(value)
-        listed = value if isinstance(value, list) else [value]
+        listed = value if isinstance(value, (list, tuple)) else [value]
         words += [
             f"--{name}",
             *(str(one).lower() if one in (True, False) else str(one) for one in listed),
@@ -7340,6 +7370,7 @@ def build_page(
         subject = (record["adapter"] or record["base_model"])["repo"]
         if record["base_only"]:
             subject = f"{subject} without adapter"
+    learned = [one for one in metrics["strategies"] if not one["name"].startswith("always_")]
     plots = draw(build_plots(metrics, sample))
     return {
         "title": f"Bias report: {visible(subject)}",
@@ -7348,7 +7379,7 @@ def build_page(
         "gates": gate_table(metrics),
         "overall": overall_table(metrics),
         "comparison": comparison_table(metrics),
-        "groups": group_table(metrics, metrics["strategies"]),
+        "groups": group_table(metrics, learned),
         "gaps": gap_table(metrics),
         "bias_auc": bias_auc_table(metrics),
         "sections": build_sections(metrics),
@@ -7511,6 +7542,7 @@ def build_text(metrics: dict[str, Any]) -> str:
         ("Each label against all others", label_table(metrics)),
         ("", group_table(metrics, learned)),
         ("Against the rest of the posts", gap_table(metrics)),
+        ("At the prevalence of real life", prevalence_table(metrics)),
         ("Gates", gate_table(metrics)),
     ]
     reasons = [
@@ -7527,8 +7559,8 @@ def build_text(metrics: dict[str, Any]) -> str:
     lines += [f"* {reason}" for reason in reasons]
     lines += [
         "",
-        "[low, high]: 95 % interval. p, corrected (Holm): of gaps for both rates, of groups for all "
-        "groups and rates.",
+        "[low, high]: 95 % interval. p, corrected (Holm): of gaps for both rates, of groups for "
+        "all groups and rates.",
     ]
     return "\n".join(lines) + "\n"
 

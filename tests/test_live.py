@@ -32,7 +32,7 @@ RUN = [
     *("--learning_rate", "5e-3", "--lora_r", "4", "--lora_dropout", "0", "--report_to", "none"),
 ]
 LAST_WEIGHTS = ["--early_stopping_patience", "0"]
-BALANCED = ["--reweight", "group_label", "--sampler", "group_balanced"]
+REWEIGHTED, BALANCED = ["--reweight", "group_label"], ["--sampler", "group_balanced"]
 CLASSIFY = ["--task", "classify"]
 
 
@@ -223,7 +223,9 @@ def test_the_best_checkpoint_is_that_of_the_highest_f1(
         (["--metric_for_best_model", "eval_lgbtq_false_positive_rate"], "by chance"),
         (["--metric_for_best_model", "f2"], "none of eval_loss, f1, roc_auc"),
         (["--reweight", "group_label", "--packing", "true"], "packed row"),
-        ([*CLASSIFY, *BALANCED, "--class_weights", "balanced"], "leave one out"),
+        ([*CLASSIFY, *REWEIGHTED, "--class_weights", "balanced"], "leave one out"),
+        ([*CLASSIFY, *BALANCED, "--class_weights", "balanced"], "twice"),
+        ([*REWEIGHTED, *BALANCED], "twice"),
         (["--sampler", "group_balanced", "--train_sampling_strategy", "group_by_length"], "order"),
         (["--reweight", "group_label", "--loss_type", "dft"], "--loss_type"),
         (["--sample_steps", "-1"], "is negative"),
@@ -518,17 +520,18 @@ def test_a_reweighted_loss_is_the_naive_one(
 @pytest.mark.parametrize(
     ("model", "more", "dies_in", "ranks"),
     [
-        ("llama", ["--metric_for_best_model", "f1", "--lora_dropout", "0.1"], 8, 1),
-        ("bert", [*CLASSIFY, "--gradient_accumulation_steps", "2"], 4, 1),
+        ("llama", [*REWEIGHTED, "--metric_for_best_model", "f1", "--lora_dropout", "0.1"], 8, 1),
+        ("bert", [*CLASSIFY, *BALANCED, "--gradient_accumulation_steps", "2"], 4, 1),
+        ("bert", [*CLASSIFY, *BALANCED, "--per_device_train_batch_size", "2"], 8, 2),
     ],
-    ids=["causal", "classifier"],
+    ids=["reweight", "sampler", "sampler-two-processes"],
 )
 def test_a_balanced_run_that_is_killed_ends_as_the_whole_one(
     files: Path, tmp_path: Path, model: str, more: list[str], dies_in: int, ranks: int
 ) -> None:
     """In the middle of an epoch; samples differ between the starts, which changes nothing."""
     length = ["--max_steps", "-1", "--num_train_epochs", "2", "--early_stopping_patience", "9"]
-    more = [*BALANCED, *length, *more]
+    more = [*length, *more]
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     work = train_in_process if ranks == 1 else train_in_two
 

@@ -415,7 +415,7 @@ def test_gates_end_with_code_3_after_all_files_are_written(
     assert end.value.code == 3 and "requirements fail" in printed.err
     assert {path.name for path in out.iterdir()} == {*evaluate.FILES}
     gates = {one["requirement"]: one for one in read_metrics(out)["gates"]}
-    assert {*evaluate.PUBLISHED_CRITERIA} < gates.keys() and len(gates) == 8
+    assert {*evaluate.PUBLISHED_CRITERIA} < gates.keys() and len(gates) == 10
     assert gates["f1>=0.62"]["value"] == pytest.approx(figures["f1_score"])
     assert gates["f1>=0.62"]["holds"] is (figures["f1_score"] >= 0.62)
     for group, most in (("lgbtq", 0.4), ("mexican", 0.1), ("middle_east", 0.25)):
@@ -658,7 +658,7 @@ def test_a_report_with_everything_stays_small(
     monkeypatch.setattr(evaluate, "report_probes", probed)
     metrics = report(
         *(evaluate, tmp_path / "out", save(tmp_path, rows, "jsonl")),
-        *("--log_text", "--prevalence", "0.01", "0.1", "--slice_by", "direction", "templ_id"),
+        *("--log_text", "--prevalence", "0.01", "0.1", "--slice_by", "direction", "functionality"),
         *("--against", save(tmp_path, rows, "jsonl", "again"), "--require", "f1>=0"),
     )
     assert metrics["functional"] and metrics["identity_swap"] and metrics["evasion"]
@@ -935,7 +935,7 @@ def test_a_post_goes_nowhere_unless_it_is_asked_for(
         evaluate.main([*argv, "--space", space, *asked])
         files = files_of(alice, tmp_path / space, published, "model")
         pages = files_of(alice, tmp_path / space, space, "space")
-        name = "eval/test-rationales2"
+        name = "eval/test-rationales2" + ("-with_text" if asked else "")
         written = {path for path in files if path.startswith("eval/")}
         assert {f"{name}/{file}" for file in evaluate.FILES} < written
         assert any(path.startswith("eval/scores-") for path in written)
@@ -964,7 +964,7 @@ def test_a_post_goes_nowhere_unless_it_is_asked_for(
     assert run.logged[f"{prefix}/f1_hate"] == overall["f1_hate"]["value"]
     assert run.logged[f"{prefix}/groups"]["data"] and "<h1>" in run.logged[f"{prefix}/report"]
     assert f"{prefix}/predictions" not in run.logged
-    assert len(wandb_runs[1].logged[f"{prefix}/predictions"]["data"]) == 20
+    assert len(wandb_runs[1].logged[f"{prefix}-with_text/predictions"]["data"]) == 20
 
 
 def test_no_post_stands_in_what_wandb_writes(evaluate: ModuleType, tmp_path: Path) -> None:

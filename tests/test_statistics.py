@@ -885,7 +885,7 @@ def test_equalized_odds_has_the_interval_of_the_groups_it_is_of(evaluate: Module
 def test_a_model_with_one_answer_and_several_scores_has_intervals(
     evaluate: ModuleType, few_draws: None
 ) -> None:
-    rows = make_rows(random.Random(17), 100, LABELS)
+    rows = make_rows(random.Random(17), 500, LABELS)
     for row in rows:
         row["answers"] = [("normal", row["answers"][0][1])]
     ((model,), _) = all_results(evaluate, as_sample(evaluate, rows, LABELS))
