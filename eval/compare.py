@@ -818,7 +818,8 @@ def points_words(points: float, low: float, high: float) -> str:
     return f"{points:.1f} points [{low:.1f}, {high:.1f}]"
 
 
-NOTHING_ELSE = "nothing else that was tested passes Holm's correction"
+NOT_PASSED = "that was tested passes Holm's correction"
+NOTHING_ELSE = f"nothing else {NOT_PASSED}"
 
 
 def claims_by_side(claims: list[dict[str, Any]]) -> dict[tuple[str, str], list[dict[str, Any]]]:
@@ -885,7 +886,7 @@ def describe_pair(
         if accuracy["low"] is not None:
             favours, (points, low, high) = orient(accuracy, "accuracy")
             higher = first if favours else second
-        words = f"No evidence that {first} and {second} differ"
+        words = f"No difference of {first} and {second} {NOT_PASSED}"
         if points:
             words += f" (accuracy of {higher} higher by {points_words(points, low, high)}, "
             p = p_words(accuracy["p_holm_pairs"])
@@ -1053,7 +1054,7 @@ def compare_recipes(recipes: list[Recipe], positive: str) -> list[dict[str, Any]
         if one["claims"]:
             words = f"{describe_recipes(one['claims'])} ({seeds}); {NOTHING_ELSE}."
         else:
-            words = f"No evidence that {first} and {second} differ ({seeds})."
+            words = f"No difference of {first} and {second} {NOT_PASSED} ({seeds})."
         one["words"] = words[0].upper() + words[1:]
     return compared
 
@@ -1101,8 +1102,8 @@ def comparison_sections(comparison: dict[str, Any]) -> list[Section]:
         "Tested of two checkpoints: accuracy over all posts, and the false positive and the false "
         "negative rate over all posts and of each group, where there are "
         f"{MIN_DENOMINATOR} posts to count (exact McNemar; Holm's correction over all pairs, for "
-        "the accuracies and for the error rates). All other differences have an interval and no "
-        "test."
+        "the accuracies and for the error rates; an interval with 0 in it is not named either). "
+        "All other differences have an interval and no test."
     )
     if comparison["recipe_comparisons"]:
         sentences.append(

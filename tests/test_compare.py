@@ -399,7 +399,8 @@ def test_what_chance_explains_is_not_claimed(compare: ModuleType, tmp_path: Path
     [verdict] = run(compare, tmp_path, *files)["verdicts"]
     assert verdict["claims"] == []
     assert re.match(
-        r"No evidence that 1 and 2 differ \(accuracy of [12] higher by [\d.]+ points \[-?[\d.]+, "
+        r"No difference of 1 and 2 that was tested passes Holm's correction "
+        r"\(accuracy of [12] higher by [\d.]+ points \[-?[\d.]+, "
         r"[\d.]+\], p = [\d.]+\)\.$",
         verdict["words"],
     )
@@ -408,7 +409,9 @@ def test_what_chance_explains_is_not_claimed(compare: ModuleType, tmp_path: Path
 def test_a_run_against_itself_does_not_differ(compare: ModuleType, tmp_path: Path) -> None:
     files = [write_csv(tmp_path / f"{name}.csv", answers(1)) for name in "ab"]
     found = run(compare, tmp_path, *files)
-    assert found["verdicts"][0]["words"] == "No evidence that a and b differ."
+    assert found["verdicts"][0]["words"] == (
+        "No difference of a and b that was tested passes Holm's correction."
+    )
     assert read_csv(tmp_path / "out" / "changed.csv") == []
 
 
@@ -462,8 +465,8 @@ def test_a_verdict_is_corrected_for_all_pairs(compare: ModuleType) -> None:
     compare.correct_over_pairs(three)
     words = compare.describe_pair(three[0], {}, [])["words"]
     assert words == (
-        "No evidence that A and B differ (accuracy of A higher by 6.0 points [1.0, 11.0], "
-        "p = 0.060)."
+        "No difference of A and B that was tested passes Holm's correction (accuracy of A higher "
+        "by 6.0 points [1.0, 11.0], p = 0.060)."
     )
 
 
@@ -747,7 +750,10 @@ def test_files_are_pooled_when_they_are_said_to_be_seeds(
     found = run(compare, tmp_path, *pools)
     assert [one["runs"] for one in found["recipes"]] == [["x0", "x1"], ["y0", "y1"]]
     [between] = found["recipe_comparisons"]
-    assert between["words"] == "No evidence that recipe 1 and recipe 2 differ (2 and 2 seeds)."
+    assert between["words"] == (
+        "No difference of recipe 1 and recipe 2 that was tested passes Holm's correction (2 and 2 "
+        "seeds)."
+    )
     assert between["overall"]["f1"]["value"] == 0
 
 
