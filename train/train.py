@@ -3163,6 +3163,8 @@ def fast_trainer(kind: type) -> type:
             if not self.speed.sort:
                 return super().get_batch_samples(epoch_iterator, num_batches, device)
             taken = list(itertools.islice(epoch_iterator, num_batches))
+            if not taken:
+                return [], None
             step = self.build_step([row for batch in taken for row in batch.rows])
             count = torch.tensor(sum(map(self.count_targets, step.batches)), device=device)
             if self.args.world_size > 1 and self.args.average_tokens_across_devices:
