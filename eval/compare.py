@@ -1448,7 +1448,7 @@ def gap_of(one: dict[str, Any], rate: str, gap: dict[str, Any], form: str) -> di
     figure = gap[form]
     if one.get("unparsed") and form == "max_min" and figure["value"] is not None:
         places = one["unparsed"]["as_errors"]
-        figure = widest_gap([[places[group][rate] for group in gap["groups"] if group in places]])
+        figure = widest_gap([[places[name][rate] for name in gap["groups"] if name != NO_TARGET]])
     return figure | {"left_out": gap["left_out"]}
 
 

@@ -931,11 +931,12 @@ def test_a_post_goes_nowhere_unless_it_is_asked_for(
     monkeypatch.chdir(tmp_path)
     argv = ["--adapter", published, "--evasion", "--identity_swap", "--rationales", "2"]
     argv += ["--prevalence", "0.01", "--max_new_tokens", "8", "--card", "--report_to", "wandb"]
+    usual = "test-rationales2-evasion-identity_swap"
     for asked, space in (([], "alice/report-page"), (["--log_text"], "alice/report-text")):
         evaluate.main([*argv, "--space", space, *asked])
         files = files_of(alice, tmp_path / space, published, "model")
         pages = files_of(alice, tmp_path / space, space, "space")
-        name = "eval/test-rationales2" + ("-with_text" if asked else "")
+        name = f"eval/{usual}" + ("-with_text" if asked else "")
         written = {path for path in files if path.startswith("eval/")}
         assert {f"{name}/{file}" for file in evaluate.FILES} < written
         assert any(path.startswith("eval/scores-") for path in written)
@@ -959,8 +960,8 @@ def test_a_post_goes_nowhere_unless_it_is_asked_for(
         assert pages["index.html"] == files[f"{name}/report.html"]
     run = wandb_runs[0]
     assert run.options["id"] == "trained1" and run.options["resume"] == "allow"
-    figures = read_metrics(tmp_path / "hsd-eval" / "report-lora" / "test-rationales2")
-    prefix, overall = "eval/test-rationales2", figures["strategies"][0]["overall"]
+    figures = read_metrics(tmp_path / "hsd-eval" / "report-lora" / usual)
+    prefix, overall = f"eval/{usual}", figures["strategies"][0]["overall"]
     assert run.logged[f"{prefix}/f1_hate"] == overall["f1_hate"]["value"]
     assert run.logged[f"{prefix}/groups"]["data"] and "<h1>" in run.logged[f"{prefix}/report"]
     assert f"{prefix}/predictions" not in run.logged
