@@ -29,9 +29,10 @@
 
 Reads:  the adapter repo (contract.json, adapter; default {you}/hsd-lora), its base model and its
         dataset at the recorded commits, or a local --test_file.
-Writes: --output_dir and eval/NAME/ of the adapter repo: predictions.csv (ids and scores, no text),
-        performance_metrics.csv, bias_metrics.csv, metrics.json, report.html, report.md and
-        contract.json.
+Writes: --output_dir and eval/NAME/ of the adapter repo: predictions.csv and .parquet (ids and
+        scores, no text), errors.csv, performance_metrics.csv, bias_metrics.csv, metrics.json,
+        report.html, report.md, evaluation_report.txt and contract.json; a section of the
+        adapter's model card.
 
     hf jobs uv run --flavor a100-large eval/eval.py --adapter user/hsd-lora
     uv run eval/eval.py --adapter user/hsd-lora
@@ -39,7 +40,8 @@ Writes: --output_dir and eval/NAME/ of the adapter repo: predictions.csv (ids an
 A post's score is the likelihood of each label as the answer, normalised over the labels; no text
 is generated (--mode generate does). A finished evaluation is answered from its files; one that was
 stopped goes on where it was, on any machine and any number of GPUs. --text and --input classify
-posts that have no labels.
+posts that have no labels; --predictions reports the answers of any classifier without a model.
+Exit 3: a --require does not hold.
 """
 
 from __future__ import annotations

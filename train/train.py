@@ -4259,7 +4259,8 @@ class Meter:
     """Tokens per second, share of the peak, memory and money of the lines of progress."""
 
     def __init__(self, trainer: Any, config: Any, precision: str, job: Job, spent: float) -> None:
-        self.trainer, self.precision, self.job, self.spent = trainer, precision, job, spent
+        self.trainer, self.job, self.spent = trainer, job, spent
+        self.precision = "bfloat16" if trainer.args.bf16 else precision
         self.flops = 4 * body_parameters(config)
         rows = trainer.train_dataset["input_ids"]
         self.tokens_per_row = sum(map(len, rows)) / len(rows)
