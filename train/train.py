@@ -4865,7 +4865,8 @@ def start_processes(args: argparse.Namespace, argv: list[str] | None) -> None:
     where += ["--rdzv-id", os.urandom(8).hex()]
     master = f"{os.path.expandvars(args.master_addr or '127.0.0.1')}:{args.master_port}"
     if args.nnodes > 1:
-        wait_for_host(master)
+        if args.node_rank:
+            wait_for_host(master)
         address, _, port = master.rpartition(":")
         where = ["--nnodes", str(args.nnodes), "--node-rank", str(args.node_rank)]
         where += ["--master-addr", address, "--master-port", port]
@@ -5068,10 +5069,10 @@ def fit_checkpoint(folder: Path, contract: dict[str, Any]) -> str:
     for rank in range(WORLD_SIZE):
         write_json(folder / f"log_window_{rank}.json", mean)
     return (
-        f"{WORLD_SIZE} processes go on with what {len(windows)} saved. Each step has the same "
-        f"{contract['training']['effective_batch']} rows; bit-identical are neither sums, taken in "
-        "another order and over other micro-batches, nor dropout, which is drawn anew. The last "
-        "step of an epoch that does not divide evenly repeats other rows."
+        f"processes: {WORLD_SIZE} go on with what {len(windows)} saved. Each step has the same "
+        f"{contract['training']['effective_batch']} rows. Not bit-identical are sums, taken in "
+        "another order over other micro-batches; dropout, drawn anew; eval_loss, a mean over other "
+        "batches; and the last step of an epoch that does not divide evenly."
     )
 
 
