@@ -1500,7 +1500,7 @@ def settle_near_ties(
     margins = [margin(row) for row in scores]
     reach = 0.0
     nearest = sorted(range(len(scores)), key=lambda index: (margins[index], posts[index]))
-    experts = has_experts(scorer.model)
+    experts = has_experts(bare_model(scorer.model).config)
     need = nearest[:16] + (nearest[16::8] if experts else [])
     with scorer.in_float32():
         while need:
@@ -2499,11 +2499,11 @@ def attention_of(model: Any) -> str:
     return bare_model(model).config._attn_implementation
 
 
-def has_experts(model: Any) -> bool:
-    """Say whether a model is a mixture of experts."""
-    config = bare_model(model).config.get_text_config(decoder=True)
+def has_experts(config: Any) -> bool:
+    """Whether a model sends each token to some of several experts."""
+    text = config.get_text_config(decoder=True)
     names = ("num_experts", "num_local_experts", "n_routed_experts")
-    return any((getattr(config, name, None) or 0) > 1 for name in names)
+    return any((getattr(text, name, None) or 0) > 1 for name in names)
 
 
 def has_window(model: Any) -> bool:

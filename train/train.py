@@ -5109,13 +5109,15 @@ def share_checkpoint(checkpoint: Path | None) -> None:
     """
     if NODES == 1 or checkpoint is None:
         return
-    folders, mark = [checkpoint], checkpoint / ".shared"
+    files, mark = [], checkpoint / ".shared"
     token = broadcast(os.urandom(8).hex())
     if RANK == 0:
-        mark.write_text(token, encoding="utf-8")
         state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
-        folders += [Path(best) for best in [state["best_model_checkpoint"]] if best]
-    files = broadcast([file for folder in folders for file in folder.iterdir() if file != mark])
+        best = state["best_model_checkpoint"]
+        for folder in [checkpoint, *([Path(best)] if best else [])]:
+            files += folder.iterdir()
+        mark.write_text(token, encoding="utf-8")
+    files = broadcast(files)
     here = mark.is_file() and mark.read_text(encoding="utf-8") == token
     (lacking,) = any_rank(not here)
     if LOCAL_RANK == 0 and not here:
@@ -5132,8 +5134,9 @@ def share_checkpoint(checkpoint: Path | None) -> None:
 
 def has_experts(config: Any) -> bool:
     """Whether a model sends each token to some of several experts."""
-    text = config.get_text_config()
-    return bool(getattr(text, "num_local_experts", 0) or getattr(text, "num_experts", 0))
+    text = config.get_text_config(decoder=True)
+    names = ("num_experts", "num_local_experts", "n_routed_experts")
+    return any((getattr(text, name, None) or 0) > 1 for name in names)
 
 
 # --- shared: the same text in every script that has it ---------------------------------------
