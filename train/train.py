@@ -194,7 +194,7 @@ RESUME_RULES = {
             *("max_grad_norm", "lr_scheduler_type", "seed", "early_stopping_patience"),
             *("early_stopping_threshold", "calibration_fraction", "save_steps"),
             *("metric_for_best_model", "reweight", "sampler"),
-            *("attn_implementation", "auto_batch", "share_prompt"),
+            *("attn_implementation", "auto_batch", "share_prompt", "fsdp"),
             *("lora_target_parameters", "class_weights", "labels", "positive_label"),
         ),
         EQUAL,
@@ -368,6 +368,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     flag("--node_rank", type=int, help="which of them it is, from 0")
     flag("--master_addr", help="host name or address of machine 0")
     flag("--master_port", type=int, default=29500, help="a free port of machine 0")
+    flag(
+        *("--fsdp",),
+        type=sharding,
+        nargs="?",
+        const="always",
+        default="auto",
+        help="always, never; auto: shard a base over the GPUs that no single one can hold",
+    )
     flag("--group_by_length", **switch | {"help": argparse.SUPPRESS})
     fields = add_trainer_fields(parser)
     args = resolve_arguments(parser, argv, PRESETS, ALIASES)
@@ -484,11 +492,14 @@ def train(argv: list[str] | None, stop: Stop) -> None:
     contract = broadcast(contract)
     rows = encode_rows(args, data, tokenizer, contract)
     shared = share_batch(args, contract, earlier)
+    sharded = choose_sharding(args, config, device, contract, earlier)
     settings = build_settings(
         shared, config, device, precision, bool(data.validation), store.folder
     )
     if optimizer := contract["training"]["optimizer"]:
         settings.optim = optimizer
+    if sharded:
+        shard(args, settings)
     quantization = build_quantization(args, base, config, precision)
     phases.enter("download")
     checkpoint = None
@@ -499,7 +510,8 @@ def train(argv: list[str] | None, stop: Stop) -> None:
     share_checkpoint(checkpoint)
     fetch_base(base)
     phases.enter("load")
-    model = build_model(args, base, config, data.labels, device, precision, quantization)
+    place = "cpu" if sharded else device  # No single GPU may hold it.
+    model = build_model(args, base, config, data.labels, place, precision, quantization)
     weights = contract["training"]["class_weights"]
     trainer = build_trainer(args, settings, model, base, tokenizer, rows, weights)
     warn_of_warmup(settings, len(rows[0]))
@@ -521,6 +533,8 @@ def train(argv: list[str] | None, stop: Stop) -> None:
         shutil.rmtree(store.folder / RESUMED, ignore_errors=True)
         if not args.output_dir:
             shutil.rmtree(store.folder, ignore_errors=True)
+    elif sharded:
+        assist_finish(run, trainer, tokenizer)
 
 
 # --- arguments and state ---------------------------------------------------------------------
@@ -2953,11 +2967,18 @@ def reload_adapter(store: Store, trainer: Any) -> None:
         if store.repo:
             (store.folder / ADAPTER_WEIGHTS).unlink()
         store.download([ADAPTER_WEIGHTS, "adapter_config.json"])
-    for weight in trainer.model.parameters():
+    zero_trained(trainer.model)
+    weights = load_peft_weights(str(store.folder), device="cpu", use_safetensors=True)
+    if trainer.is_fsdp_enabled:
+        set_sharded(trainer.model, weights)
+    else:
+        set_peft_model_state_dict(trainer.model, weights)
+
+
+def zero_trained(model: Any) -> None:
+    for weight in model.parameters():
         if weight.requires_grad:
             weight.data.zero_()
-    weights = load_peft_weights(str(store.folder), device="cpu", use_safetensors=True)
-    set_peft_model_state_dict(trainer.model, weights)
 
 
 def print_receipt(run: Run, names: list[str], difference: float) -> None:
@@ -5082,6 +5103,96 @@ def restart_random_numbers(trainer: Any, folder: Path, step: int) -> None:
 
     if not any(folder.glob("rng_state*.pth")):
         set_seed(trainer.args.seed + 1_000_003 * step + RANK)
+
+
+def sharding(text: str) -> str:
+    """Read --fsdp: our own words, and what TrainingArguments takes."""
+    known = {"auto": "auto", "always": "always", "never": "never", "true": "always"}
+    known |= {"false": "never", "full_shard": "always", "full_shard auto_wrap": "always"}
+    if text.lower() not in known:
+        raise argparse.ArgumentTypeError(f"{text!r} is none of auto, always, never")
+    return known[text.lower()]
+
+
+def choose_sharding(
+    args: argparse.Namespace,
+    config: Any,
+    device: str,
+    contract: dict[str, Any],
+    earlier: dict[str, Any] | None,
+) -> bool:
+    """Whether the base is shared out over the processes (FSDP2); recorded, kept on resume.
+
+    Needed where the body's weights and a fifth more, for head, adapter and activations, are more
+    than one GPU has. Four bits are not sharded: bitsandbytes' blocks are not whole in each shard.
+    """
+    import torch
+
+    training = contract["training"]
+    needed, have = 0.0, math.inf
+    if device == "cuda":
+        size = 0.6 if args.load_in_4bit else {"float32": 4, "bfloat16": 2}[training["precision"]]
+        needed = 1.2 * size * count_parameters(config) / 2**30
+        have = torch.cuda.get_device_properties(0).total_memory / 2**30
+    fitting = f"the base needs about {needed:.0f} GiB of a GPU's {have:.0f}"
+    sharded = args.fsdp == "always"
+    if earlier:
+        sharded = earlier["training"].get("sharded", False)
+    elif args.fsdp == "auto" and needed > have:
+        sharded = WORLD_SIZE > 1 and not args.load_in_4bit
+        if not sharded:
+            way = "a flavor with more memory"
+            way += "" if args.load_in_4bit else ", --load_in_4bit, or several GPUs (FSDP2)"
+            print(f"warning: {fitting}: it may not fit. {way} would hold it.", flush=True)
+    if sharded and WORLD_SIZE == 1:
+        fail("FSDP shares a model out over several processes, and this start has one GPU.")
+    if sharded and args.load_in_4bit:
+        fail("--fsdp and --load_in_4bit exclude each other: leave one of them out.")
+    if sharded:
+        why = f" ({fitting})" if needed > have else ""
+        print(
+            f"FSDP2: the base is shared out over {WORLD_SIZE} processes{why}. Each loads all of it "
+            "into the machine's memory first.",
+            flush=True,
+        )
+    training["sharded"] = sharded
+    return sharded
+
+
+def shard(args: argparse.Namespace, settings: Any) -> None:
+    """Have the trainer shard layer by layer, and save adapters whole: as without sharding.
+
+    Which module is a layer, the model's own _no_split_modules say.
+    """
+    settings.fsdp = True
+    settings.fsdp_plugin_args = settings._process_fsdp_args()
+    if "activation_checkpointing" not in args.trainer_fields:
+        settings.activation_checkpointing = not settings.use_cpu
+
+
+def set_sharded(model: Any, weights: dict[str, Any] | None) -> None:
+    """Give a sharded model the weights of an adapter file that process 0 has read."""
+    import torch
+    from torch.distributed.tensor import distribute_tensor
+
+    weights = broadcast(weights)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if weight.requires_grad:
+                key = name.replace(".modules_to_save.default", "").replace(".default", "")
+                whole = weights[key].to(weight.device, weight.dtype)
+                weight.copy_(distribute_tensor(whole, weight.device_mesh, weight.placements))
+
+
+def assist_finish(run: Run, trainer: Any, tokenizer: Any) -> None:
+    """What a process beside the first has to do while that one runs `finish` with a sharded model:
+    its share of each step in which all of them take part, in the same order.
+    """
+    trainer.save_model(str(run.store.folder / ".final"))
+    probe_scores(trainer, tokenizer, run.contract)
+    zero_trained(trainer.model)
+    set_sharded(trainer.model, None)
+    probe_scores(trainer, tokenizer, run.contract)
 
 
 def gather_rank_files(folder: Path) -> None:
