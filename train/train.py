@@ -1964,7 +1964,7 @@ class Stop:
         name = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
         if not self.training:
             if not is_spokesman():
-                raise SystemExit(PAUSED)
+                raise SystemExit(ENDED if LAUNCH in os.environ else PAUSED)
             fail(f"{name} before the first step: nothing is lost. Submit the same command.", PAUSED)
         if self.reason and number == signal.SIGINT:
             # What was committed stands; without this the exit waits for an upload under way.
@@ -4827,6 +4827,7 @@ def guard(callback: Any, reached: int) -> None:
 LAUNCH = "TRAIN_LAUNCH"
 LOCAL_RANK = int(os.environ.get("LOCAL_RANK", "0"))
 NODES = int(os.environ.get("GROUP_WORLD_SIZE", "1"))
+ENDED = 128 + signal.SIGTERM  # the code of a process that its launcher has ended
 JOIN_SECONDS = 1800  # how long a node waits for the others: Jobs do not start together
 # What gloo, NCCL and the store say when a process at the other end has ended.
 PEER_LOST = re.compile(r"(?i)connection (was )?(closed|reset|refused)|broken pipe|remote process")
@@ -4972,7 +4973,10 @@ def read_failures(folder: Path, failures: dict[int, Any]) -> int:
     """
     if (folder / "code").is_file():
         return int((folder / "code").read_text(encoding="utf-8"))
-    first = min(failures.values(), key=lambda failure: (failure.timestamp, failure.local_rank))
+    ended = (-signal.SIGTERM, ENDED)
+    first = min(failures.values(), key=lambda one: (one.exitcode in ended, one.timestamp))
+    if first.exitcode in ended and (folder / "signal").exists():
+        return PAUSED
     rank = next(rank for rank, failure in failures.items() if failure is first)
     for file in folder.glob(f"logs/*/attempt_0/{first.local_rank}/stderr.log"):
         said = file.read_text(encoding="utf-8", errors="replace").strip().splitlines()
@@ -5019,7 +5023,7 @@ def wait_for_the_end(stop: Stop, seconds: float = 15.0) -> NoReturn:
     while not stop.reason and time.monotonic() < end:
         time.sleep(0.1)
     if stop.reason and not is_spokesman():
-        raise SystemExit(1)
+        raise SystemExit(ENDED)
     fail(
         "the connection to another process is lost. If it is of another node, its log says why. "
         "The newest checkpoint stands; start the same commands again.",
