@@ -23,6 +23,7 @@ import tiny
 
 PATIENCE_SECONDS = 240
 ROUNDING = 1e-5
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", __file__)
 RUN = [
     *("--max_steps", "24", "--save_steps", "12", "--logging_steps", "1", "--sample_steps", "0"),
     *("--per_device_train_batch_size", "2", "--gradient_accumulation_steps", "2"),
@@ -48,19 +49,34 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def whole(files: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The disk of one machine whose two processes made a whole run."""
+    disk = tmp_path_factory.mktemp("whole")
+    code, printed = end(start(files, disk, "--num_processes", "2"), disk)
+    assert code == 0, printed
+    assert "effective batch: 4 rows a step = 2 rows x 1 accumulated x 2 processes" in printed
+    assert printed.count("step 24/24 ") == 1 and printed.count("next: ") == 1
+    assert printed.count("output_dir = ") == 1
+    return disk
+
+
 # --- runs ------------------------------------------------------------------------------------
 
 
-def start(files: Path, disk: Path, *flags: str) -> subprocess.Popen[bytes]:
+def start(
+    files: Path, disk: Path, *flags: str, script: tuple[str, ...] = (), gpus: bool = False
+) -> subprocess.Popen[bytes]:
     """The plain command on a machine whose disk is a folder; it prints into log."""
     disk.mkdir(exist_ok=True)
     words = ["--train_file", files / "train.jsonl", "--model_name_or_path", files / "llama"]
-    words = [sys.executable, tiny.ROOT / "train/train.py", *words, "--output_dir", "out", *RUN]
-    kept = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
+    script = script or (str(tiny.ROOT / "train/train.py"),)
+    words = [sys.executable, *script, *words, "--output_dir", "out", *RUN, *flags]
+    kept = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    if not gpus:
+        kept["CUDA_VISIBLE_DEVICES"] = ""
     with (disk / "log").open("wb") as log:
-        return subprocess.Popen(
-            [*words, *flags], cwd=disk, stdout=log, stderr=log, env=os.environ | kept
-        )
+        return subprocess.Popen(words, cwd=disk, stdout=log, stderr=log, env=os.environ | kept)
 
 
 def start_nodes(files: Path, folder: Path, *flags: str) -> list[subprocess.Popen[bytes]]:
@@ -100,20 +116,19 @@ def curve(out: Path) -> list[tuple[int, float, float]]:
     ]
 
 
+def assert_close(disk: Path, other: Path) -> None:
+    """The same losses and gradients at each step, but for the order of sums."""
+    for one, another in zip(curve(disk / "out"), curve(other / "out"), strict=True):
+        assert one == pytest.approx(another, rel=ROUNDING)
+
+
 def contract(out: Path) -> dict[str, Any]:
     return json.loads((out / "contract.json").read_text())
 
 
 def test_two_machines_are_one_with_two_processes_and_one_process_goes_on(
-    files: Path, tmp_path: Path
+    files: Path, whole: Path, tmp_path: Path
 ) -> None:
-    whole = start(files, tmp_path / "whole", "--num_processes", "2")
-    code, printed = end(whole, tmp_path / "whole")
-    assert code == 0, printed
-    assert "effective batch: 4 rows a step = 2 rows x 1 accumulated x 2 processes" in printed
-    assert printed.count("step 24/24 ") == 1 and printed.count("next: ") == 1
-    assert printed.count("output_dir = ") == 1
-
     # Any of the machines hears a signal, and all of them pause.
     nodes = start_nodes(files, tmp_path)
     wait_for(tmp_path / "0", "step 3/24 ")
@@ -135,8 +150,8 @@ def test_two_machines_are_one_with_two_processes_and_one_process_goes_on(
     said = [end(node, tmp_path / name) for node, name in zip(nodes, "01", strict=True)]
     assert [code for code, _ in said] == [0, 0], said
     assert f"resuming from checkpoint-{paused} " in said[0][1]
-    assert curve(tmp_path / "0/out") == curve(tmp_path / "whole/out")
-    weights = [tmp_path / name / "out/adapter_model.safetensors" for name in ("0", "whole")]
+    assert curve(tmp_path / "0/out") == curve(whole / "out")
+    weights = [disk / "out/adapter_model.safetensors" for disk in (tmp_path / "0", whole)]
     assert weights[0].read_bytes() == weights[1].read_bytes()
 
     # What two processes began, one ends: the same rows in each step, other roundings.
@@ -144,9 +159,39 @@ def test_two_machines_are_one_with_two_processes_and_one_process_goes_on(
     assert code == 0, printed
     assert "world_size changes from 2 to 1" in printed
     assert "processes: 1 go on with what 2 saved. Each step has the same 4 rows." in printed
-    for one, other in zip(curve(begun / "out"), curve(tmp_path / "whole/out"), strict=True):
-        assert one == pytest.approx(other, rel=ROUNDING)
+    assert_close(begun, whole)
     assert contract(begun / "out")["training"]["effective_batch"] == 4
+
+
+def test_a_sharded_base_trains_resumes_and_ends_as_a_whole_one(
+    files: Path, whole: Path, tmp_path: Path
+) -> None:
+    """FSDP2 over gloo; the halves of the run are two starts, of which the second resumes."""
+    disk = tmp_path / "disk"
+    for steps in ("12", "24"):
+        flags = ("--fsdp", "--gradient_accumulation_steps", "1", "--max_steps", steps)
+        code, printed = end(start(files, disk, *flags, script=TORCHRUN), disk)
+        assert code == 0, printed
+        assert "FSDP2: the base is shared out over 2 processes" in printed
+    assert "resuming from checkpoint-12 " in printed
+    assert "its scores of two probe posts differ by 0.0e+00" in printed
+    assert_close(disk, whole)
+    saved = {path.name for path in (disk / "out/checkpoint-24").iterdir()}
+    assert {"adapter_model.safetensors", "pytorch_model_fsdp.bin", "optimizer.bin"} <= saved
+    assert contract(disk / "out")["training"]["sharded"] is True
+
+
+@pytest.mark.gpu
+def test_two_gpus_get_a_process_each(files: Path, tmp_path: Path) -> None:
+    import torch
+
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs a machine with two GPUs")
+    for name, flags in (("plain", ()), ("sharded", ("--fsdp",))):
+        disk = tmp_path / name
+        code, printed = end(start(files, disk, *flags, gpus=True), disk)
+        assert code == 0, printed
+        assert f"starting {torch.cuda.device_count()} processes" in printed
 
 
 def test_a_process_that_is_killed_ends_the_others_with_one_message(
@@ -318,3 +363,54 @@ def test_one_message_and_the_code_of_the_first_failure(
     (tmp_path / "code").write_text("75")
     assert train.read_failures(tmp_path, both) == 75
     assert capsys.readouterr().err == ""
+
+
+def test_what_no_single_gpu_holds_is_sharded(
+    train: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    import torch
+
+    gpu = SimpleNamespace(total_memory=24 * 2**30)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda *_: gpu)
+    monkeypatch.setattr(train, "count_parameters", lambda parameters: parameters)
+
+    def choose(billions: float, processes: int, *flags: str, earlier: Any = None) -> bool:
+        monkeypatch.setattr(train, "WORLD_SIZE", processes)
+        contract = {"training": {"precision": "bfloat16"}}
+        args = train.parse_args([*flags])
+        sharded = train.choose_sharding(args, billions * 2**30, "cuda", contract, earlier)
+        assert contract["training"]["sharded"] is sharded
+        return sharded
+
+    assert not choose(8, 4) and choose(20, 4)
+    assert "needs about 48 GiB of a GPU's 24" in capsys.readouterr().out
+    assert not choose(20, 4, "--fsdp", "never") and choose(1, 4, "--fsdp", "full_shard")
+    assert not choose(20, 1)
+    assert "may not fit" in capsys.readouterr().out
+    assert choose(1, 4, earlier={"training": {"sharded": True}})
+    assert not choose(20, 4, earlier={"training": {}})
+    for flags, processes in ((("--fsdp",), 1), (("--fsdp", "--load_in_4bit"), 2)):
+        with pytest.raises(SystemExit):
+            choose(1, processes, *flags)
+    assert capsys.readouterr().err.count("error: ") == 2
+
+
+def shard_on_cpus() -> None:
+    """Have accelerate shard over CPUs, where it leaves the plugin out without a word."""
+    from accelerate import state
+    from accelerate.utils import DistributedType
+
+    begin = state.AcceleratorState.__init__
+
+    def begin_sharded(self: Any, *values: Any, fsdp_plugin: Any = None, **options: Any) -> None:
+        begin(self, *values, fsdp_plugin=fsdp_plugin, **options)
+        if fsdp_plugin is not None and self.distributed_type == DistributedType.MULTI_CPU:
+            self.distributed_type, self.fsdp_plugin = DistributedType.FSDP, fsdp_plugin
+            state.PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+
+    state.AcceleratorState.__init__ = begin_sharded
+
+
+if __name__ == "__main__":
+    shard_on_cpus()
+    tiny.load_script("train/train.py").main()

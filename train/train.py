@@ -89,7 +89,8 @@ MANIFEST = "manifest.json"
 RUN_LOG = "training.log"
 LOGGERS = "loggers.json"
 PAUSED = 75  # EX_TEMPFAIL: the same command again continues
-PROCESS_START = time.time()
+# Seconds since the epoch; of processes that `start_processes` has made, that one's.
+PROCESS_START = float(os.environ.get("TRAIN_STARTED") or time.time())
 # What torchrun sets; a plain start is one process.
 RANK, WORLD_SIZE = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 RESUMED = ".resumed"
@@ -4837,6 +4838,8 @@ def check_processes(args: argparse.Namespace) -> None:
     """Refuse numbers of processes and nodes that contradict each other, or a launcher's."""
     if args.nnodes < 1 or (args.num_processes is not None and args.num_processes < 1):
         fail("--nnodes and --num_processes must be at least 1.")
+    if args.relay and args.nnodes > 1:
+        fail("--relay reruns one Job, not the Jobs of all --nnodes: leave it out.")
     if args.nnodes == 1:
         if args.node_rank or args.master_addr:
             fail("--node_rank and --master_addr are for several nodes: say --nnodes N.")
@@ -4902,7 +4905,7 @@ def start_processes(args: argparse.Namespace, argv: list[str] | None) -> None:
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     words = sys.argv[1:] if argv is None else argv
     with TemporaryDirectory(prefix="hsd-launch-") as name:
-        os.environ[LAUNCH] = name
+        os.environ |= {LAUNCH: name, "TRAIN_STARTED": str(PROCESS_START)}
         quiet = ",".join(f"{rank}:3" for rank in range(1, count)) or "0"
         launch = [*where, "--nproc-per-node", str(count), "--signals-to-handle", "SIGQUIT"]
         launch += ["--log-dir", f"{name}/logs", "--redirects", quiet, "--monitor-interval", "0.1"]
@@ -4911,7 +4914,7 @@ def start_processes(args: argparse.Namespace, argv: list[str] | None) -> None:
             launched = config_from_args(parse_launch([*launch, script, *words]))
             code = supervise(Path(name), master, *launched)
         finally:
-            del os.environ[LAUNCH]
+            del os.environ[LAUNCH], os.environ["TRAIN_STARTED"]
     raise SystemExit(code)
 
 
@@ -5177,7 +5180,7 @@ def shard(args: argparse.Namespace, settings: Any) -> None:
 def set_sharded(model: Any, weights: dict[str, Any] | None) -> None:
     """Give a sharded model the weights of an adapter file that process 0 has read."""
     import torch
-    from torch.distributed.tensor import distribute_tensor
+    from torch.distributed.tensor import DTensor, distribute_tensor
 
     weights = broadcast(weights)
     with torch.no_grad():
@@ -5185,7 +5188,10 @@ def set_sharded(model: Any, weights: dict[str, Any] | None) -> None:
             if weight.requires_grad:
                 key = name.replace(".modules_to_save.default", "").replace(".default", "")
                 whole = weights[key].to(weight.device, weight.dtype)
-                weight.copy_(distribute_tensor(whole, weight.device_mesh, weight.placements))
+                # A run that lacked only its finish has trained no step, and is not yet sharded.
+                if isinstance(weight, DTensor):
+                    whole = distribute_tensor(whole, weight.device_mesh, weight.placements)
+                weight.copy_(whole)
 
 
 def assist_finish(run: Run, trainer: Any, tokenizer: Any) -> None:
