@@ -513,6 +513,8 @@ def train(argv: list[str] | None, stop: Stop) -> None:
     phases.enter("load")
     place = "cpu" if sharded else device  # No single GPU may hold it.
     model = build_model(args, base, config, data.labels, place, precision, quantization)
+    if sharded:
+        name_layers(model)
     weights = contract["training"]["class_weights"]
     trainer = build_trainer(args, settings, model, base, tokenizer, rows, weights)
     warn_of_warmup(settings, len(rows[0]))
@@ -5169,12 +5171,27 @@ def choose_sharding(
 def shard(args: argparse.Namespace, settings: Any) -> None:
     """Have the trainer shard layer by layer, and save adapters whole: as without sharding.
 
-    Which module is a layer, the model's own _no_split_modules say.
+    `name_layers` says which modules are layers.
     """
     settings.fsdp = True
     settings.fsdp_plugin_args = settings._process_fsdp_args()
     if "activation_checkpointing" not in args.trainer_fields:
         settings.activation_checkpointing = not settings.use_cpu
+
+
+def name_layers(model: Any) -> None:
+    """Tell PEFT, which asks the environment, which modules of the base are layers to shard.
+
+    Not one that holds the input embedding, as BERT's does: accelerate shards that by itself, and
+    fails where it is sharded already. Nor one that this model lacks, which PEFT refuses.
+    """
+    embedding = model.get_input_embeddings()
+    kinds: dict[str, bool] = {}
+    for module in model.modules():
+        kind = type(module).__name__
+        kinds[kind] = kinds.get(kind, True) and embedding not in [*module.modules()]
+    layers = [name for name in model._no_split_modules or () if kinds.get(name)]
+    os.environ.setdefault("FSDP_TRANSFORMER_CLS_TO_WRAP", ",".join(sorted(layers)))
 
 
 def set_sharded(model: Any, weights: dict[str, Any] | None) -> None:
