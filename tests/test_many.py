@@ -395,6 +395,24 @@ def test_what_no_single_gpu_holds_is_sharded(
     assert capsys.readouterr().err.count("error: ") == 2
 
 
+@pytest.mark.parametrize(
+    ("kind", "layers"), [("bert", "BertLayer"), ("llama", "LlamaDecoderLayer")]
+)
+def test_no_layer_to_shard_holds_the_embedding(
+    train: ModuleType, monkeypatch: pytest.MonkeyPatch, kind: str, layers: str
+) -> None:
+    import torch
+    from transformers import AutoConfig, AutoModel
+
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 2}
+    config = AutoConfig.for_model(kind, num_hidden_layers=1, vocab_size=9, **sizes)
+    monkeypatch.setenv("FSDP_TRANSFORMER_CLS_TO_WRAP", "")
+    monkeypatch.delenv("FSDP_TRANSFORMER_CLS_TO_WRAP")
+    with torch.device("meta"):
+        train.name_layers(AutoModel.from_config(config))
+    assert os.environ["FSDP_TRANSFORMER_CLS_TO_WRAP"] == layers
+
+
 def shard_on_cpus() -> None:
     """Have accelerate shard over CPUs, where it leaves the plugin out without a word."""
     from accelerate import state
