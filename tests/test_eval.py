@@ -637,7 +637,10 @@ def test_a_test_file_of_hostile_text_makes_an_inert_report(
     assert set(HOSTILE) <= set(metrics["strategies"][0]["groups"])
     assert metrics["strategies"][-1]["reason"] == "there is no dataset with a train split"
     record = json.loads((tmp_path / "out" / "contract.json").read_text(encoding="utf-8"))
-    assert record["name"] == "file-odd-name" and record["test_file"]["file"] == "odd name.jsonl"
+    assert (
+        record["name"] == "file-odd-name-with_text"
+        and record["test_file"]["file"] == "odd name.jsonl"
+    )
 
 
 def test_other_files_of_the_output_folder_stay(

@@ -234,6 +234,7 @@ def test_each_gpu_gets_a_process(train: ModuleType, monkeypatch: pytest.MonkeyPa
     argv = ["--train_file", "posts.jsonl", "--output_dir", "out"]
     args = train.parse_args(argv)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(train, "NVIDIA_DRIVER", Path(__file__))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     train.start_processes(args, argv)
     assert not started

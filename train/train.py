@@ -4863,9 +4863,11 @@ def is_launched() -> bool:
 
 def count_processes(args: argparse.Namespace) -> int:
     """How many processes this start makes on this machine: one for each GPU, or as asked for."""
-    import torch
+    gpus = 0
+    if NVIDIA_DRIVER.exists():
+        import torch  # Seconds, which a machine without a driver need not spend.
 
-    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if args.num_processes is None:
         return max(1, gpus)
     if 0 < gpus < args.num_processes:
