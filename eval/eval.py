@@ -6737,7 +6737,8 @@ def reliability(sample: Sample, model: str) -> Callable[[Any], None]:
             style = PLOT_MARKS[number_ % len(PLOT_MARKS)] + PLOT_LINES[number_ % len(PLOT_LINES)]
             lines += axis.plot(x, y, style, ms=4, lw=2 if number_ == 0 else 1.1, color=colour)
             if number_ == 0:
-                ends = np.array([wilson(int(h), int(n)) for h, n in zip(hits, counts[kept])])  # noqa: B905
+                pairs = zip(hits, counts[kept], strict=True)
+                ends = np.array([wilson(int(hit), int(n)) for hit, n in pairs])
                 axis.vlines(x, ends[:, 0], ends[:, 1], color=colour, lw=1, alpha=0.6)
         axis.set(xlim=(-0.01, 1.01), ylim=(-0.01, 1.02), xlabel="mean p", ylabel="share positive")
         axis.grid()

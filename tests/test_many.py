@@ -126,6 +126,7 @@ def contract(out: Path) -> dict[str, Any]:
     return json.loads((out / "contract.json").read_text())
 
 
+@pytest.mark.slow
 def test_two_machines_are_one_with_two_processes_and_one_process_goes_on(
     files: Path, whole: Path, tmp_path: Path
 ) -> None:
@@ -163,6 +164,7 @@ def test_two_machines_are_one_with_two_processes_and_one_process_goes_on(
     assert contract(begun / "out")["training"]["effective_batch"] == 4
 
 
+@pytest.mark.slow
 def test_a_sharded_base_trains_resumes_and_ends_as_a_whole_one(
     files: Path, whole: Path, tmp_path: Path
 ) -> None:

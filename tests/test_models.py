@@ -49,6 +49,9 @@ RUNS: dict[str, tuple[str, bool, list[str]]] = {
     "modernbert-classifier": ("modernbert", True, [*CLASSIFY, "--class_weights", "hate=2.5"]),
     "qwen3-classifier": ("qwen3", False, [*CLASSIFY, "--load_in_4bit"]),
 }
+# Each of these has a kin of its own above that is always run.
+SLOW = {"smollm3", "phi3", "olmo2", "gemma3-text", "ministral", "ministral-fp8-4bit"}
+SLOW |= {"gpt-oss-4bit", "roberta-classifier", "qwen3-classifier"}
 pytestmark = pytest.mark.usefixtures("clean_environment")
 
 
@@ -124,7 +127,9 @@ def weights_of(folder: Path) -> dict[str, Any]:
 # --- classes of models ----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(one, marks=[pytest.mark.slow] * (one in SLOW)) for one in RUNS]
+)
 def test_a_class_is_trained_resumed_evaluated_and_merged(
     train: ModuleType,
     evaluate: Callable,

@@ -175,7 +175,11 @@ def test_a_causal_step_is_the_stock_trainers(
     assert_same(found, expected)
 
 
-@pytest.mark.parametrize("kind", ["gpt2", "qwen3", "gemma3_text", "gpt_oss", "mistral3"])
+@pytest.mark.parametrize(
+    "kind",
+    ["gpt2", "gemma3_text"]
+    + [pytest.param(kind, marks=pytest.mark.slow) for kind in ("qwen3", "gpt_oss", "mistral3")],
+)
 def test_models_with_other_heads_and_attention_keep_their_loss(
     train: ModuleType, files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
