@@ -123,7 +123,7 @@ def main() -> None:
     run("datasets/build_unified.py", *flags, "--dataset_repo", str(data))
     common = ("--dataset_repo", str(data), "--model_name_or_path", str(encoder))
     run("train/train.py", *common, "--output_dir", str(adapter), *TRAINING)
-    report = ("--evasion", "--identity_swap", "--prevalence", "0.01", "0.1")
+    report = ("--eval_name", "test", "--evasion", "--identity_swap", "--prevalence", "0.01", "0.1")
     run("eval/eval.py", "--adapter", str(adapter), *common, *report)
     file = adapter / "eval" / "test" / "metrics.json"
     metrics = json.loads(file.read_text(encoding="utf-8"))
