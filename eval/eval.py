@@ -7154,8 +7154,10 @@ def describe_comparisons(metrics: dict[str, Any]) -> list[str]:
     words: dict[str, list[str]] = {"better": [], "worse": [], "even": []}
     for one in metrics["comparisons"]:
         away, name = one["overall"]["f1"], visible(one["second"])
+        # Where all resamples agree F1 has no interval; right and wrong decisions still have a test.
+        p = away.get("p_holm", one["overall"]["accuracy"].get("p_holm"))
         kind = "even"
-        if away.get("p_holm") is not None and away["p_holm"] < 0.05:
+        if away["value"] and p is not None and p < 0.05:
             kind = "better" if away["value"] > 0 else "worse"
         words[kind].append(f"{name} ({shown_difference('f1', away, 'p_holm')})")
     sentences = []
