@@ -128,7 +128,7 @@ FORMULA_SIGNS = tuple("=+-@\t\r\n\uff1d\uff0b\uff0d\uff20")
 HEADLINE = ("accuracy", "precision", "recall", "f1_macro", "roc_auc")
 CONFUSION = ("true_positive", "true_negative", "false_positive", "false_negative")
 LIMITS = (
-    "An interval (95 %, Wilson) says how far a rate could move if other posts of the same kind "
+    "An interval (95 %) says how far a figure could move if other posts of the same kind "
     "were drawn. It knows nothing of wrong labels, of unlike posts, or of a platform's real mix.",
     "Groups differ in their posts, not only in how the model treats them, and their rates differ "
     "by chance: with 90 posts in each, a gap of ten points is nothing unusual.",
@@ -6917,7 +6917,7 @@ def gap_table(metrics: dict[str, Any]) -> list[list[str]]:
         title = title_of(rate)
         words = "cannot be tested"
         if gap["significant"] is not None:
-            words = "more than chance" if gap["significant"] else "no more than chance"
+            words = "more than chance" if gap["significant"] else "not shown"
         widest = shown_gap(gap["max_min"], rate)
         n = gap["max_min"]["n"]
         rows.append([title, "largest gap", f"{n} group{'s' * (n != 1)}", widest, words])
@@ -7738,7 +7738,8 @@ insufficient.</p>
 groups; p is the share of random deals of the same errors that give as much (10,000 permutations
 within a true label), corrected (Holm) for both rates, of single groups for all groups and
 rates. A group stands out only where the largest
-gap is more than chance, too. The gap's interval begins at 0 where chance explains it.</p>
+gap is more than chance, too. The gap's interval begins at 0 where the
+test does not show that it is.</p>
 {% endif %}
 
 {% if plots %}
@@ -7955,6 +7956,13 @@ def model_index(metrics: dict[str, Any], record: dict[str, Any]) -> list[dict[st
 # --- loggers and Space -----------------------------------------------------------------------
 
 
+def plots_of_page(page: str) -> dict[str, str]:
+    """The plots of report.html by their titles, each a page of its own in the same style."""
+    style = re.search(r"<style>.*?</style>", page, re.DOTALL)[0]
+    figures = re.findall(r"<figure.*?<h3>(.*?)</h3>(.*?)</figure>", page, re.DOTALL)
+    return {title: f"<!doctype html>{style}<figure>{figure}</figure>" for title, figure in figures}
+
+
 def log_to_wandb(
     args: argparse.Namespace,
     folder: Path,
@@ -7962,7 +7970,7 @@ def log_to_wandb(
     record: dict[str, Any],
     posts: list[dict[str, Any]],
 ) -> None:
-    """Log figures, the group table and the report to W&B, in the training's run where it is known.
+    """Log figures, group table, plots and report to W&B, in the training's run where it is known.
 
     No failure here ends the evaluation. Posts go there only with --log_text.
     """
@@ -7998,7 +8006,9 @@ def log_to_wandb(
         values[f"{prefix}/groups"] = wandb.Table(columns=rows[0], data=rows[1:])
         page = (folder / "report.html").read_text(encoding="utf-8")
         values[f"{prefix}/report"] = wandb.Html(page, inject=False)
-        if args.log_text:
+        for title, plot in plots_of_page(page).items():
+            values[f"{prefix}/plots/{title}"] = wandb.Html(plot, inject=False)
+        if args.log_text and posts:
             names = ("id", "label", "prediction", "text")
             table = [[post[name] for name in names] for post in posts]
             values[f"{prefix}/predictions"] = wandb.Table(columns=list(names), data=table)

@@ -968,6 +968,18 @@ def test_a_post_goes_nowhere_unless_it_is_asked_for(
     assert len(wandb_runs[1].logged[f"{prefix}-with_text/predictions"]["data"]) == 20
 
 
+def test_wandb_gets_every_plot_of_the_report(
+    evaluate: ModuleType, wandb_runs: list[Run], tmp_path: Path
+) -> None:
+    file = save(tmp_path, scored_rows(120))
+    argv = ["--predictions", file, "--output_dir", tmp_path / "out", "--report_to", "wandb"]
+    evaluate.main([str(word) for word in argv])
+    logged = wandb_runs[0].logged
+    plots = {name.split("/")[-1]: page for name, page in logged.items() if "/plots/" in name}
+    assert {"False positive rate", "ROC", "Reliability"} <= plots.keys()
+    assert all(page.count("<svg") == 1 and "--ink" in page for page in plots.values())
+
+
 def test_no_post_stands_in_what_wandb_writes(evaluate: ModuleType, tmp_path: Path) -> None:
     pytest.importorskip("wandb")
     rows = [row | {"text": f"{CANARY} {row['text']}"} for row in scored_rows(30)]
