@@ -166,6 +166,8 @@ def test_a_causal_step_is_the_stock_trainers(
     assert speed["sort"] and speed["labelled_only"]
     shares = not {"never", "--packing", "--activation_checkpointing"} & {*flags}
     assert (speed["prompt_tokens"] > 20) == shares
+    checkpointing = "--activation_checkpointing" in flags
+    assert speed["last_layer"] == (None if checkpointing else "labelled")
     stock(monkeypatch, train)
     expected = run(train, files, tmp_path / "stock", *flags)
     # TRL averages entropy and accuracy over micro-batches, however few tokens they hold.
@@ -191,6 +193,7 @@ def test_models_with_other_heads_and_attention_keep_their_loss(
     found = run(train, files, tmp_path / "fast", model=str(tmp_path / kind))
     assert chosen(tmp_path / "fast")["labelled_only"]
     assert chosen(tmp_path / "fast")["prompt_tokens"] > 20
+    assert chosen(tmp_path / "fast")["last_layer"] == "labelled"
     stock(monkeypatch, train)
     expected = run(train, files, tmp_path / "stock", model=str(tmp_path / kind))
     for entry in (*found, *expected):
@@ -242,15 +245,34 @@ def test_scaled_and_capped_logits_are_the_models_own(
     assert chosen(tmp_path / "fast")["labelled_only"]
 
 
+@pytest.mark.parametrize(
+    ("kind", "read"), [("bert", "first"), ("llama", "last"), ("modernbert", None)]
+)
 def test_a_classifiers_loss_is_the_mean_over_all_rows_of_a_step(
-    train: ModuleType, files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    train: ModuleType,
+    files: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    kind: str,
+    read: str | None,
 ) -> None:
-    """The stock trainer's mean of means differs in the last, incomplete step of an epoch."""
+    """The stock trainer's mean of means differs in the last, incomplete step of an epoch.
+
+    This ModernBERT's head reads the mean of all tokens: nothing of its last layer can be left out.
+    """
+    if kind == "modernbert":
+        tiny.save_model(files / kind, kind)
+        config = json.loads((files / kind / "config.json").read_text())
+        names = ("mlp_dropout", "attention_dropout", "embedding_dropout", "classifier_dropout")
+        config |= dict.fromkeys(names, 0.0) | {"classifier_pooling": "mean"}
+        (files / kind / "config.json").write_text(json.dumps(config))
     whole = ["--per_device_train_batch_size", "6", "--gradient_accumulation_steps", "1"]
-    found = run(train, files, tmp_path / "fast", *CLASSIFIER, model="bert")
+    flags = [*CLASSIFIER, "--learning_rate", "1e-3"]
+    found = run(train, files, tmp_path / "fast", *flags, model=kind)
     assert chosen(tmp_path / "fast")["sort"]
+    assert chosen(tmp_path / "fast")["last_layer"] == read
     stock(monkeypatch, train)
-    expected = run(train, files, tmp_path / "stock", *CLASSIFIER, *whole, model="bert")
+    expected = run(train, files, tmp_path / "stock", *flags, *whole, model=kind)
     assert_same(found, expected)
 
 
@@ -426,6 +448,21 @@ def test_another_loss_than_the_models_own_falls_back(
     assert "speed: not logits at supervised tokens only: the loss" in capsys.readouterr().out
     assert not chosen(tmp_path / "out")["labelled_only"]
     assert chosen(tmp_path / "out")["sort"]
+
+
+def test_a_part_that_makes_keys_is_not_left_out(
+    train: ModuleType,
+    files: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    monkeypatch.setattr(train, "TOKENWISE", train.TOKENWISE | {"k_proj"})
+    run(train, files, tmp_path / "out", "--max_steps", "1")
+    said = capsys.readouterr().out
+    assert "speed: not of the last layer the supervised tokens only: the loss" in said
+    assert chosen(tmp_path / "out")["last_layer"] is None
+    assert chosen(tmp_path / "out")["labelled_only"]
 
 
 def test_lora_on_the_head_is_refused_in_words(

@@ -2796,10 +2796,11 @@ def build_trainer(
         if weights:
             weigh_labels(model, [*weights.values()])
         if args.load_in_4bit:
-            model = peft.prepare_model_for_kbit_training(model)
+            # Activation checkpointing comes later, where it is needed.
+            model = peft.prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
         collator = transformers.DataCollatorWithPadding(tokenizer)
         model = peft.get_peft_model(model, config)
-        kind = fast_trainer(transformers.Trainer)
+        kind = type("FastTrainer", (FastSteps, transformers.Trainer), {})
         trainer = kind(model, settings, data_collator=collator, **common)
         # A classifier's loss is the mean of its own batch. Trainer takes its **kwargs for a sign
         # that it divides by the accumulated batch itself, and would sum the means.
@@ -2807,7 +2808,7 @@ def build_trainer(
     else:
         import trl
 
-        kind = fast_trainer(trl.SFTTrainer)
+        kind = type("FastTrainer", (FastSteps, trl.SFTTrainer), {})
         try:
             trainer = kind(model, args=settings, peft_config=config, **common)
         except ValueError as error:  # For example LoRA on lm_head.
@@ -3090,6 +3091,14 @@ SAME_LOSS, SAME_ROUNDED_LOSS = 1e-5, 3e-3
 # Bytes of float32 scores, their softmax and their gradients at the supervised tokens of a
 # micro-batch; TRL's own loss computes more of them in pieces.
 MOST_SCORES = 2**31
+# Parts of a layer that act on each token by itself and make no key and no value of attention, by
+# the names they have in Llama and its kin, GPT-2, BERT and its kin, ModernBERT, Mixtral.
+TOKENWISE = frozenset(
+    (
+        *("q_proj", "o_proj", "mlp", "block_sparse_moe", "feed_forward", "c_proj"),
+        *("query", "dense", "intermediate", "Wo"),
+    )
+)
 
 
 @dataclass
@@ -3104,6 +3113,7 @@ class Speed:
     sort: bool = False  # each step's rows by length, in micro-batches with little padding
     micro_batch: int = 0  # rows of the longest length that one micro-batch may hold
     labelled_only: bool = False  # logits at supervised positions only
+    last_layer: str | None = None  # its tokens that are read: labelled, or a row's first or last
     prompt_tokens: int = 0  # the common beginning of all rows, computed once a step
     packed: bool = False  # a micro-batch is one row without padding
     attention: str | None = None
@@ -3157,272 +3167,356 @@ def split_evenly(lengths: list[int], most_rows: int) -> list[list[int]]:
     return [order[start : start + most_rows] for start in range(0, len(order), most_rows)]
 
 
-def fast_trainer(kind: type) -> type:
-    """A trainer class that computes a step as its `speed` says; else it is `kind`.
+class FastSteps:
+    """What turns a trainer class into one that computes a step as its `speed` says.
 
     Trainer counts gradient_accumulation_steps micro-batches in each step. Here the last of them
     holds all rows of the step and the others none, so that the rows can be put together anew.
     """
-    import torch
-    from torch.nn import functional
 
-    class FastTrainer(kind):
-        speed = Speed()
-        auto_batch = False
-        longest = 0  # tokens of the longest training row
-        prompt: tuple[int, ...] = ()
-        cache: list[tuple[Any, Any]] | None = None
-        counts: list[Any] | None = None
+    speed = Speed()
+    auto_batch = False
+    longest = 0  # tokens of the longest training row
+    prompt: tuple[int, ...] = ()
+    cache: list[tuple[Any, Any]] | None = None
+    counts: list[Any] | None = None
 
-        def get_train_dataloader(self) -> Any:
-            if not self.speed.sort:
-                return super().get_train_dataloader()
-            collator, self.data_collator = self.data_collator, Rows
+    def get_train_dataloader(self) -> Any:
+        if not self.speed.sort:
+            return super().get_train_dataloader()
+        collator, self.data_collator = self.data_collator, Rows
+        try:
+            return super().get_train_dataloader()
+        finally:
+            self.data_collator = collator
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> Any:
+        import torch
+
+        if not self.speed.sort:
+            return super().get_batch_samples(epoch_iterator, num_batches, device)
+        taken = list(itertools.islice(epoch_iterator, num_batches))
+        if not taken:
+            return [], None
+        step = self.build_step([row for batch in taken for row in batch.rows])
+        count = torch.tensor(sum(map(self.count_targets, step.batches)), device=device)
+        if self.args.world_size > 1 and self.args.average_tokens_across_devices:
+            count = self.accelerator.gather(count).sum()
+        return [Step([], []) for _ in taken[1:]] + [step], count
+
+    def build_step(self, rows: list[dict[str, Any]]) -> Step:
+        """Put rows together in micro-batches of similar length."""
+        shared, most = self.speed.prompt_tokens, self.speed.micro_batch
+        lengths = [len(row["input_ids"]) - shared for row in rows]
+        if self.args.world_size > 1:
+            parts = split_evenly(lengths, most)
+        else:
+            parts = split_by_length(lengths, most * self.longest, shared)
+        return Step(rows, [self.collate([rows[index] for index in part]) for part in parts])
+
+    def collate(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
+        if self.speed.prompt_tokens:
+            return add_row_weights(collate_after_prompt(rows, self.speed.prompt_tokens), rows)
+        if self.speed.packed:
+            return add_row_weights(collate_packed(rows), rows)
+        return dict(self.data_collator(rows))
+
+    def count_targets(self, batch: dict[str, Any]) -> int:
+        """What the loss is a mean over: supervised tokens, or a classifier's rows."""
+        labels = batch["labels"]
+        return labels.shape[0] if labels.dim() == 1 else int((labels[..., 1:] != -100).sum())
+
+    def floating_point_ops(self, inputs: Any) -> int:
+        import torch
+
+        if not isinstance(inputs, Step):
+            return super().floating_point_ops(inputs)
+        size = sum(batch["input_ids"].numel() for batch in inputs.batches)
+        if not size:
+            return 0
+        return super().floating_point_ops({"input_ids": torch.empty(size, device="meta")})
+
+    def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Any:
+        import torch
+
+        if not isinstance(inputs, Step):
+            return super().training_step(model, inputs, num_items_in_batch)
+        if not inputs.rows:
+            return torch.zeros((), device=self.args.device)
+        kept = self.kept_state()
+        while True:
             try:
-                return super().get_train_dataloader()
-            finally:
-                self.data_collator = collator
+                loss = self.run_step(model, inputs, num_items_in_batch)
+                break
+            except torch.OutOfMemoryError as error:
+                self.halve(model, error)
+                self.restore_state(kept)
+                inputs = self.build_step(inputs.rows)
+        self.write_counts("train", sum(len(row["input_ids"]) for row in inputs.rows))
+        return loss
 
-        def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> Any:
-            if not self.speed.sort:
-                return super().get_batch_samples(epoch_iterator, num_batches, device)
-            taken = list(itertools.islice(epoch_iterator, num_batches))
-            if not taken:
-                return [], None
-            step = self.build_step([row for batch in taken for row in batch.rows])
-            count = torch.tensor(sum(map(self.count_targets, step.batches)), device=device)
-            if self.args.world_size > 1 and self.args.average_tokens_across_devices:
-                count = self.accelerator.gather(count).sum()
-            return [Step([], []) for _ in taken[1:]] + [step], count
+    def run_step(self, model: Any, step: Step, num_items_in_batch: Any) -> Any:
+        """Forward and backward of all micro-batches; gradients are shared in the last one."""
+        import torch
 
-        def build_step(self, rows: list[dict[str, Any]]) -> Step:
-            """Put rows together in micro-batches of similar length."""
-            shared, most = self.speed.prompt_tokens, self.speed.micro_batch
-            lengths = [len(row["input_ids"]) - shared for row in rows]
-            if self.args.world_size > 1:
-                parts = split_evenly(lengths, most)
-            else:
-                parts = split_by_length(lengths, most * self.longest, shared)
-            return Step(rows, [self.collate([rows[index] for index in part]) for part in parts])
+        model.train()
+        states = self.read_prompt(model) if self.speed.prompt_tokens else []
+        loss = torch.zeros((), device=self.args.device)
+        for number, batch in enumerate(step.batches, start=1):
+            waits = number < len(step.batches)
+            with self.accelerator.no_sync(model) if waits else contextlib.nullcontext():
+                # A copy: the trainers add to what they are given.
+                loss += super().training_step(model, dict(batch), num_items_in_batch)
+        self.end_prompt(states)
+        return loss
 
-        def collate(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
-            if self.speed.prompt_tokens:
-                return add_row_weights(collate_after_prompt(rows, self.speed.prompt_tokens), rows)
-            if self.speed.packed:
-                return add_row_weights(collate_packed(rows), rows)
-            return dict(self.data_collator(rows))
+    def read_prompt(self, model: Any) -> list[Any]:
+        """Compute the prompt's keys and values; `cache` gets copies that collect gradients."""
+        import torch
+        from transformers import DynamicCache
 
-        def count_targets(self, batch: dict[str, Any]) -> int:
-            """What the loss is a mean over: supervised tokens, or a classifier's rows."""
-            labels = batch["labels"]
-            return labels.shape[0] if labels.dim() == 1 else int((labels[..., 1:] != -100).sum())
+        with self.compute_loss_context_manager():
+            found = model(
+                input_ids=torch.tensor([self.prompt], device=self.args.device),
+                # The model's own cache keeps only the window of a layer that slides.
+                past_key_values=DynamicCache(),
+                use_cache=True,
+                logits_to_keep=1,
+            ).past_key_values
+        pairs = [(layer.keys, layer.values) for layer in found.layers]
+        self.cache = [
+            tuple(state.detach().requires_grad_(state.requires_grad) for state in pair)
+            for pair in pairs
+        ]
+        return [state for pair in pairs for state in pair]
 
-        def floating_point_ops(self, inputs: Any) -> int:
-            if not isinstance(inputs, Step):
-                return super().floating_point_ops(inputs)
-            size = sum(batch["input_ids"].numel() for batch in inputs.batches)
-            if not size:
-                return 0
-            return super().floating_point_ops({"input_ids": torch.empty(size, device="meta")})
+    def end_prompt(self, states: list[Any]) -> None:
+        """Carry the gradients that the rows left at the prompt's keys and values through it."""
+        import torch
 
-        def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Any:
-            if not isinstance(inputs, Step):
-                return super().training_step(model, inputs, num_items_in_batch)
-            if not inputs.rows:
-                return torch.zeros((), device=self.args.device)
-            kept = self.kept_state()
-            while True:
-                try:
-                    loss = self.run_step(model, inputs, num_items_in_batch)
-                    break
-                except torch.OutOfMemoryError as error:
-                    self.halve(model, error)
-                    self.restore_state(kept)
-                    inputs = self.build_step(inputs.rows)
-            self.write_counts("train", sum(len(row["input_ids"]) for row in inputs.rows))
-            return loss
+        copies = [state for pair in self.cache or () for state in pair]
+        reached = [
+            (state, copy.grad)
+            for state, copy in zip(states, copies, strict=True)
+            if copy.grad is not None
+        ]
+        self.cache = None
+        if reached:
+            torch.autograd.backward(*zip(*reached, strict=True))
 
-        def run_step(self, model: Any, step: Step, num_items_in_batch: Any) -> Any:
-            """Forward and backward of all micro-batches; gradients are shared in the last one."""
-            model.train()
-            states = self.read_prompt(model) if self.speed.prompt_tokens else []
-            loss = torch.zeros((), device=self.args.device)
-            for number, batch in enumerate(step.batches, start=1):
-                waits = number < len(step.batches)
-                with self.accelerator.no_sync(model) if waits else contextlib.nullcontext():
-                    # A copy: the trainers add to what they are given.
-                    loss += super().training_step(model, dict(batch), num_items_in_batch)
-            self.end_prompt(states)
-            return loss
+    def kept_state(self) -> Any:
+        """What a step that runs out of memory has to be begun again from."""
+        import torch
 
-        def read_prompt(self, model: Any) -> list[Any]:
-            """Compute the prompt's keys and values; `cache` gets copies that collect gradients."""
-            from transformers import DynamicCache
+        if not self.auto_batch:
+            return None
+        device = self.args.device
+        numbers = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+        metrics = getattr(self, "_metrics", {"train": {}})["train"]
+        tokens = getattr(self, "_total_train_tokens", 0)
+        kept = {name: list(values) for name, values in metrics.items()}
+        return torch.get_rng_state(), numbers, kept, tokens
 
-            with self.compute_loss_context_manager():
-                found = model(
-                    input_ids=torch.tensor([self.prompt], device=self.args.device),
-                    # The model's own cache keeps only the window of a layer that slides.
-                    past_key_values=DynamicCache(),
-                    use_cache=True,
-                    logits_to_keep=1,
-                ).past_key_values
-            pairs = [(layer.keys, layer.values) for layer in found.layers]
-            self.cache = [
-                tuple(state.detach().requires_grad_(state.requires_grad) for state in pair)
-                for pair in pairs
-            ]
-            return [state for pair in pairs for state in pair]
+    def restore_state(self, kept: Any) -> None:
+        import torch
 
-        def end_prompt(self, states: list[Any]) -> None:
-            """Carry the gradients that the rows left at the prompt's keys and values through it."""
-            copies = [state for pair in self.cache or () for state in pair]
-            reached = [
-                (state, copy.grad)
-                for state, copy in zip(states, copies, strict=True)
-                if copy.grad is not None
-            ]
-            self.cache = None
-            if reached:
-                torch.autograd.backward(*zip(*reached, strict=True))
+        numbers, on_device, metrics, tokens = kept
+        torch.set_rng_state(numbers)
+        if on_device is not None:
+            torch.cuda.set_rng_state(on_device, self.args.device)
+        if hasattr(self, "_metrics"):
+            self._metrics["train"].clear()
+            self._metrics["train"].update(metrics)
+            self._total_train_tokens = tokens
 
-        def kept_state(self) -> Any:
-            """What a step that runs out of memory has to be begun again from."""
-            if not self.auto_batch:
-                return None
-            device = self.args.device
-            numbers = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
-            metrics = getattr(self, "_metrics", {"train": {}})["train"]
-            tokens = getattr(self, "_total_train_tokens", 0)
-            kept = {name: list(values) for name, values in metrics.items()}
-            return torch.get_rng_state(), numbers, kept, tokens
+    def halve(self, model: Any, error: Exception) -> None:
+        """Make micro-batches smaller after a step ran out of memory, or raise its error."""
+        import torch
 
-        def restore_state(self, kept: Any) -> None:
-            numbers, on_device, metrics, tokens = kept
-            torch.set_rng_state(numbers)
-            if on_device is not None:
-                torch.cuda.set_rng_state(on_device, self.args.device)
-            if hasattr(self, "_metrics"):
-                self._metrics["train"].clear()
-                self._metrics["train"].update(metrics)
-                self._total_train_tokens = tokens
+        size = self.speed.micro_batch
+        # Other processes wait for this one within the step.
+        if not self.auto_batch or size == 1 or self.args.world_size > 1:
+            raise error
+        self.speed.micro_batch = size // 2
+        self.cache, self.counts = None, None
+        model.zero_grad()
+        if self.args.device.type == "cuda":
+            torch.cuda.empty_cache()
+        print(
+            f"--auto_batch: out of memory in step {self.state.global_step + 1}; it is computed "
+            f"again with micro-batches of {size // 2} rows instead of {size}",
+            flush=True,
+        )
 
-        def halve(self, model: Any, error: Exception) -> None:
-            """Make micro-batches smaller after a step ran out of memory, or raise its error."""
-            size = self.speed.micro_batch
-            # Other processes wait for this one within the step.
-            if not self.auto_batch or size == 1 or self.args.world_size > 1:
-                raise error
-            self.speed.micro_batch = size // 2
-            self.cache, self.counts = None, None
-            model.zero_grad()
-            if self.args.device.type == "cuda":
-                torch.cuda.empty_cache()
-            print(
-                f"--auto_batch: out of memory in step {self.state.global_step + 1}; it is computed "
-                f"again with micro-batches of {size // 2} rows instead of {size}",
-                flush=True,
-            )
-
-        def compute_loss(
-            self,
-            model: Any,
-            inputs: Any,
-            return_outputs: bool = False,
-            num_items_in_batch: Any = None,
-        ) -> Any:
-            training = self.model.training
-            if "labels" in inputs and inputs["labels"].dim() == 1:
+    def compute_loss(
+        self,
+        model: Any,
+        inputs: Any,
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Any:
+        training = self.model.training
+        if "labels" in inputs and inputs["labels"].dim() == 1:
+            with self.reading(inputs, self.places_of_rows(inputs) if training else None):
                 if "loss_weights" in inputs:
                     found = weighted_loss(model, inputs) / len(inputs["labels"])
                 else:
                     found = super().compute_loss(model, inputs, return_outputs)
-                if not (training and self.speed.sort):
-                    return found
-                share = inputs["labels"].shape[0] * self.num_averaged() / num_items_in_batch
-                return found * share
-            if return_outputs or not self.speed.labelled_only:
-                if "loss_weights" in inputs:
-                    total = weighted_loss(model, inputs) * self.num_averaged()
-                    return total / num_items_in_batch
-                return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-            tokens = inputs.get("attention_mask", inputs["input_ids"].new_ones(())).sum()
-            loss, counts = self.labelled_loss(model, inputs)
-            if training and self.counts is not None:
-                counts += self.counts
-            self.counts = counts
-            if not training:
-                self.write_counts("eval", int(tokens))
-            if num_items_in_batch is None:
-                return loss / counts[2].clamp(min=1)
-            return loss / num_items_in_batch * self.num_averaged()
+            if not (training and self.speed.sort):
+                return found
+            share = inputs["labels"].shape[0] * self.num_averaged() / num_items_in_batch
+            return found * share
+        if return_outputs or not self.speed.labelled_only:
+            if "loss_weights" in inputs:
+                total = weighted_loss(model, inputs) * self.num_averaged()
+                return total / num_items_in_batch
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        tokens = inputs.get("attention_mask", inputs["input_ids"].new_ones(())).sum()
+        loss, counts = self.labelled_loss(model, inputs)
+        if training and self.counts is not None:
+            counts += self.counts
+        self.counts = counts
+        if not training:
+            self.write_counts("eval", int(tokens))
+        if num_items_in_batch is None:
+            return loss / counts[2].clamp(min=1)
+        return loss / num_items_in_batch * self.num_averaged()
 
-        def num_averaged(self) -> int:
-            """The processes whose gradients are averaged although the count is that of all."""
-            return self.args.world_size if self.args.average_tokens_across_devices else 1
+    def num_averaged(self) -> int:
+        """The processes whose gradients are averaged although the count is that of all."""
+        return self.args.world_size if self.args.average_tokens_across_devices else 1
 
-        def labelled_loss(self, model: Any, inputs: dict[str, Any]) -> tuple[Any, Any]:
-            """Summed cross entropy (float32), and summed entropy, hits and count of the targets.
+    def labelled_loss(self, model: Any, inputs: dict[str, Any]) -> tuple[Any, Any]:
+        """Summed cross entropy (float32), and summed entropy, hits and count of the targets.
 
-            The model's own head, with whatever scaling follows it, sees the positions before a
-            supervised token and no others.
-            """
-            inputs = dict(inputs)
-            targets, weights = inputs.pop("labels")[:, 1:], inputs.pop("loss_weights", None)
-            chosen = targets != -100
-            options: dict[str, Any] = {"use_cache": False}
-            if inputs.pop("after_prompt", False):
-                options = {"use_cache": True, "past_key_values": self.past(len(targets))}
+        The model's own head, with whatever scaling follows it, sees the positions before a
+        supervised token and no others.
+        """
+        import torch
+        from torch.nn import functional
 
-            def keep(_: Any, states: tuple[Any, ...]) -> tuple[Any, ...]:
-                return (states[0][:, :-1][chosen], *states[1:])
+        inputs = dict(inputs)
+        targets, weights = inputs.pop("labels")[:, 1:], inputs.pop("loss_weights", None)
+        places = (targets != -100).nonzero(as_tuple=True)
+        options: dict[str, Any] = {"use_cache": False}
+        if inputs.pop("after_prompt", False):
+            options = {"use_cache": True, "past_key_values": self.past(len(targets))}
 
-            head = self.model.get_base_model().get_output_embeddings()
-            hook = head.register_forward_pre_hook(keep)
-            try:
+        def keep(_: Any, states: tuple[Any, ...]) -> tuple[Any, ...]:
+            return (states[0][places], *states[1:])
+
+        head = self.model.get_base_model().get_output_embeddings()
+        hook = head.register_forward_pre_hook(keep)
+        try:
+            with self.reading(inputs, places if self.speed.last_layer else None):
                 logits = model(**inputs, **options).logits.float()
-            finally:
+        finally:
+            hook.remove()
+        wanted = targets[places]
+        if weights is None:
+            loss = functional.cross_entropy(logits, wanted, reduction="sum")
+        else:
+            losses = functional.cross_entropy(logits, wanted, reduction="none")
+            loss = (losses * weights[:, 1:][places]).sum()
+        with torch.no_grad():
+            scores = logits.log_softmax(-1)
+            entropy = -(scores.exp() * scores).sum()
+            hits = (logits.argmax(-1) == wanted).sum()
+            counts = torch.stack([entropy, hits.float(), torch.ones_like(wanted).sum().float()])
+        return loss, counts
+
+    def places_of_rows(self, inputs: dict[str, Any]) -> Any:
+        """Row and place of the token that a classifier's head reads of each row, or None."""
+        import torch
+
+        if self.speed.last_layer is None:
+            return None
+        mask = inputs["attention_mask"]
+        rows = torch.arange(len(mask), device=mask.device)
+        if self.speed.last_layer == "first":
+            return rows, torch.zeros_like(rows)
+        return rows, (mask * torch.arange(mask.shape[1], device=mask.device)).argmax(-1)
+
+    @functools.cached_property
+    def last_parts(self) -> list[Any]:
+        return tokenwise_modules(self.model.get_base_model())
+
+    @contextlib.contextmanager
+    def reading(self, inputs: dict[str, Any], places: Any) -> Iterator[None]:
+        """Compute of the last layer only the tokens at `places` (rows, positions); None: all.
+
+        Keys and values are made of all tokens. What the other tokens would get is left at 0, and
+        nothing reads it.
+        """
+
+        def narrow(_: Any, states: tuple[Any, ...]) -> tuple[Any, ...]:
+            return (states[0][places][None], *states[1:])
+
+        def widen(_: Any, __: Any, output: Any) -> Any:
+            found = output[0] if isinstance(output, tuple) else output
+            found = found.flatten(0, -2)
+            whole = found.new_zeros(*inputs["input_ids"].shape, found.shape[-1])
+            whole = whole.index_put(places, found)
+            return (whole, *output[1:]) if isinstance(output, tuple) else whole
+
+        modules = self.last_parts if places is not None else []
+        hooks = [module.register_forward_pre_hook(narrow) for module in modules]
+        hooks += [module.register_forward_hook(widen) for module in modules]
+        try:
+            yield
+        finally:
+            for hook in hooks:
                 hook.remove()
-            wanted = targets[chosen]
-            if weights is None:
-                loss = functional.cross_entropy(logits, wanted, reduction="sum")
+
+    def past(self, num_rows: int) -> Any:
+        """The prompt's keys and values for each of some rows, as a cache of their own."""
+        from transformers import DynamicCache
+
+        cache = DynamicCache()
+        for layer, pair in enumerate(self.cache):
+            keys, values = (state.expand(num_rows, -1, -1, -1) for state in pair)
+            cache.update(keys, values, layer)
+        return cache
+
+    def write_counts(self, mode: str, num_tokens: int) -> None:
+        """Add what labelled_loss counted to the metrics that TRL logs under the same names."""
+        import torch
+
+        if self.counts is None:
+            return
+        counts = torch.cat([self.counts, self.counts.new_tensor([num_tokens])])
+        if self.args.world_size > 1:
+            counts = self.accelerator.gather(counts[None]).sum(0)
+        entropy, hits, total, tokens = counts.tolist()
+        metrics = self._metrics[mode]
+        metrics["entropy"].append(entropy / max(1.0, total))
+        metrics["mean_token_accuracy"].append(hits / max(1.0, total))
+        if mode == "train":
+            self._total_train_tokens += round(tokens)
+        metrics["num_tokens"] = [self._total_train_tokens]
+        self.counts = None
+
+
+def tokenwise_modules(base: Any) -> list[Any]:
+    """The parts of a model's last layer that act on each token by itself: those of TOKENWISE.
+
+    [] for a model without a list of layers.
+    """
+    import torch
+
+    tower = base.get_submodule(language_tower(base).removesuffix("."))
+    num_layers = base.config.get_text_config().num_hidden_layers
+    stacks = [module for module in tower.modules() if isinstance(module, torch.nn.ModuleList)]
+    last = next((stack[-1] for stack in stacks if len(stack) == num_layers), None)
+
+    def parts(module: Any) -> Iterator[Any]:
+        for name, child in module.named_children():
+            if name in TOKENWISE:
+                yield child
             else:
-                losses = functional.cross_entropy(logits, wanted, reduction="none")
-                loss = (losses * weights[:, 1:][chosen]).sum()
-            with torch.no_grad():
-                scores = logits.log_softmax(-1)
-                entropy = -(scores.exp() * scores).sum()
-                hits = (logits.argmax(-1) == wanted).sum()
-                counts = torch.stack([entropy, hits.float(), torch.ones_like(wanted).sum().float()])
-            return loss, counts
+                yield from parts(child)
 
-        def past(self, num_rows: int) -> Any:
-            """The prompt's keys and values for each of some rows, as a cache of their own."""
-            from transformers import DynamicCache
-
-            cache = DynamicCache()
-            for layer, pair in enumerate(self.cache):
-                keys, values = (state.expand(num_rows, -1, -1, -1) for state in pair)
-                cache.update(keys, values, layer)
-            return cache
-
-        def write_counts(self, mode: str, num_tokens: int) -> None:
-            """Add what labelled_loss counted to the metrics that TRL logs under the same names."""
-            if self.counts is None:
-                return
-            counts = torch.cat([self.counts, self.counts.new_tensor([num_tokens])])
-            if self.args.world_size > 1:
-                counts = self.accelerator.gather(counts[None]).sum(0)
-            entropy, hits, total, tokens = counts.tolist()
-            metrics = self._metrics[mode]
-            metrics["entropy"].append(entropy / max(1.0, total))
-            metrics["mean_token_accuracy"].append(hits / max(1.0, total))
-            if mode == "train":
-                self._total_train_tokens += round(tokens)
-            metrics["num_tokens"] = [self._total_train_tokens]
-            self.counts = None
-
-    return FastTrainer
+    return [] if last is None else [*parts(last)]
 
 
 def collate_after_prompt(rows: list[dict[str, Any]], shared: int) -> dict[str, Any]:
@@ -3474,6 +3568,7 @@ def choose_speed(
         if explicit is not None:
             trainer.speed.activation_checkpointing = explicit
             trainer.speed.prompt_tokens *= not explicit
+            trainer.speed.last_layer = None if explicit else trainer.speed.last_layer
         # What began as one process may have shared the prompt; several cannot.
         trainer.speed.prompt_tokens *= WORLD_SIZE == 1
     elif resumed:
@@ -3507,6 +3602,9 @@ def describe_speed(trainer: Any) -> str:
         said.append(f"{speed.prompt_tokens} prompt tokens once a step")
     if speed.labelled_only:
         said.append("logits at supervised tokens only")
+    if speed.last_layer:
+        read = {"labelled": "supervised tokens", "first": "first token", "last": "last token"}
+        said.append(f"of the last layer the {read[speed.last_layer]} only")
     said.append(f"attention {trainer.model.config._attn_implementation}")
     said.append(f"activation checkpointing {'on' if speed.activation_checkpointing else 'off'}")
     return ", ".join(said)
@@ -3604,6 +3702,8 @@ def measure_speed(args: argparse.Namespace, trainer: Any) -> None:
         batch = [rows[index] for index in range(min(num_rows, len(rows)))]
         if args.task == "causal":
             choose_logits(args, trainer, batch)
+        elif not settings.activation_checkpointing:
+            choose_read_token(trainer, batch)
         if args.attn_implementation == "auto" and not cuda:
             choose_attention(trainer, batch)
         if cuda or args.auto_batch:
@@ -3649,6 +3749,10 @@ def choose_logits(args: argparse.Namespace, trainer: Any, batch: list[dict[str, 
     if not is_exact("logits at supervised tokens only"):
         speed.labelled_only = False
         return
+    if trainer.last_parts and not settings.activation_checkpointing:
+        speed.last_layer = "labelled"
+        if not is_exact("of the last layer the supervised tokens only"):
+            speed.last_layer = None
     shared = shared_prompt(trainer) if args.share_prompt != "never" else 0
     saved = shared * (len(batch) - 1)
     if saved > 2 * MICRO_BATCH_COST and not settings.activation_checkpointing and WORLD_SIZE == 1:
@@ -3667,6 +3771,38 @@ def choose_logits(args: argparse.Namespace, trainer: Any, batch: list[dict[str, 
         speed.packed = True
         if not is_exact("rows without padding"):
             speed.packed = False
+
+
+def choose_read_token(trainer: Any, batch: list[dict[str, Any]]) -> None:
+    """Of a classifier's last layer only the token that its head reads: its logits tell which.
+
+    An encoder's head reads the first token, a causal model's the last one; a mean over all tokens
+    leaves nothing out.
+    """
+    import torch
+
+    model, speed = trainer.model.eval(), trainer.speed
+    if not trainer.last_parts:
+        return
+    inputs = trainer._prepare_inputs(dict(trainer.data_collator(batch[:4])))
+    inputs.pop("labels")
+
+    def logits() -> Any:
+        with torch.no_grad(), trainer.accelerator.autocast():
+            return model(**inputs).logits.float()
+
+    expected = logits()
+    for token in ("first", "last"):
+        speed.last_layer = token
+        try:
+            with trainer.reading(inputs, trainer.places_of_rows(inputs)):
+                found = logits()
+        except Exception:  # Whatever a model's code does not expect.
+            continue
+        pairs = zip(found.flatten().tolist(), expected.flatten().tolist(), strict=True)
+        if all(is_same_loss(trainer, one, other) for one, other in pairs):
+            return
+    speed.last_layer = None
 
 
 def is_same_loss(trainer: Any, found: float, expected: float) -> bool:
@@ -3804,8 +3940,9 @@ def choose_memory(
     speed = trainer.speed
     size = min(speed.micro_batch, len(longest))
     if checkpointing and not fits(trainer, longest, size):
-        # The prompt's keys and values are not kept where activations are not.
-        speed.activation_checkpointing, speed.prompt_tokens = True, 0
+        # The prompt's keys and values are not kept where activations are not, and what the last
+        # layer leaves out would be computed the second time.
+        speed.activation_checkpointing, speed.prompt_tokens, speed.last_layer = True, 0, None
         set_checkpointing(trainer, True)
         print(f"speed: {size} of the longest rows need activation checkpointing", flush=True)
     if not auto_batch:
