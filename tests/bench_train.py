@@ -21,6 +21,7 @@
 
     uv run tests/bench_train.py --dataset_repo ./hsd-data --encoder ./minilm
     uv run tests/bench_train.py --only llama20 --steps 12
+    uv run tests/bench_train.py --only llama20 llama100 --float32    # losses without rounding
 
 --dataset_repo is a folder of datasets/build_unified.py; without it the posts are made ones.
 --encoder is a folder with a pretrained encoder; without it one of the same size is drawn.
@@ -274,9 +275,11 @@ def count_computed(trainer: Any) -> dict[str, float]:
     }
 
 
-def trl_run(turns: Turns, side: int, base: Path, rows: list[dict[str, Any]], steps: int) -> None:
+def trl_run(
+    turns: Turns, side: int, base: Path, rows: list[dict[str, Any]], options: argparse.Namespace
+) -> None:
     """What `trl sft` does with its defaults: float32 weights under bfloat16 autocast, padded
-    batches, activation checkpointing.
+    batches, activation checkpointing. With --float32 without autocast.
     """
     import torch
     import transformers
@@ -291,7 +294,13 @@ def trl_run(turns: Turns, side: int, base: Path, rows: list[dict[str, Any]], ste
     model = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     with tempfile.TemporaryDirectory() as out:
         settings = trl.SFTConfig(
-            out, **TRAINING, max_steps=steps, use_cpu=True, save_strategy="no", disable_tqdm=True
+            out,
+            **TRAINING,
+            max_steps=options.steps,
+            bf16=not options.float32,
+            use_cpu=True,
+            save_strategy="no",
+            disable_tqdm=True,
         )
         lora = LoraConfig(
             r=32,
@@ -326,7 +335,7 @@ def bench_llama(name: str, options: argparse.Namespace, folder: Path) -> list[st
         out = folder / f"{name}{len(lines)}"
         ours = [
             *("--train_file", str(folder / "messages.jsonl"), "--model_name_or_path", str(base)),
-            *("--dtype", "float32", "--bf16", "true", "--lora_dropout", "0"),
+            *("--dtype", "float32", "--bf16", str(not options.float32), "--lora_dropout", "0"),
             *("--max_steps", str(options.steps)),
             *("--save_steps", "1000", "--save_minutes", "1000", "--early_stopping_patience", "0"),
             *flags,
@@ -336,7 +345,7 @@ def bench_llama(name: str, options: argparse.Namespace, folder: Path) -> list[st
                 lambda ours=ours, out=out, turns=turns, seen=seen: our_run(
                     turns, 0, out, ours, seen
                 ),
-                lambda turns=turns: trl_run(turns, 1, base, rows, options.steps),
+                lambda turns=turns: trl_run(turns, 1, base, rows, options),
             ]
         )
         mine, theirs = (seconds[options.skip :] for seconds in turns.seconds)
@@ -541,6 +550,7 @@ def main() -> None:
     parser.add_argument("--posts", type=int, default=2000)
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--skip", type=int, default=2, help="first steps that count for nothing")
+    parser.add_argument("--float32", action="store_true", help="both sides, of the Llamas")
     parser.add_argument("--pairs", type=int, default=3, help="of the row resume")
     options = parser.parse_args()
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
