@@ -194,9 +194,8 @@ def write_posts(folder: Path, source: Path | None, count: int) -> tuple[list[dic
     return kept, posts
 
 
-def save_llama(folder: Path, name: str, rows: list[dict[str, Any]]) -> None:
-    """A random Llama whose weights are bfloat16, with a tokenizer trained on the posts."""
-    import torch
+def save_chat_tokenizer(folder: Path, rows: list[dict[str, Any]]) -> Any:
+    """A tokenizer trained on the posts, with a chat template."""
     import transformers
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
@@ -213,12 +212,22 @@ def save_llama(folder: Path, name: str, rows: list[dict[str, Any]]) -> None:
             show_progress=False,
         ),
     )
-    transformers.PreTrainedTokenizerFast(
+    tokenizer = transformers.PreTrainedTokenizerFast(
         tokenizer_object=backend,
         eos_token="<|end|>",
         pad_token="<|pad|>",
         chat_template=CHAT_TEMPLATE,
-    ).save_pretrained(folder)
+    )
+    tokenizer.save_pretrained(folder)
+    return tokenizer
+
+
+def save_llama(folder: Path, name: str, rows: list[dict[str, Any]]) -> None:
+    """A random Llama whose weights are bfloat16, with a tokenizer trained on the posts."""
+    import torch
+    import transformers
+
+    save_chat_tokenizer(folder, rows)
     torch.manual_seed(0)
     heads = SIZES[name]["hidden_size"] // 64
     config = transformers.LlamaConfig(

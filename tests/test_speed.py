@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import json
 import random
+import subprocess
+import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -571,6 +573,17 @@ def test_labels_that_the_trainer_cut_end_the_start(
     with pytest.raises(SystemExit):
         train.check_kept_labels(kept, rows)
     assert "3 supervised tokens, of which packing or cutting left 2." in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("row", ["lora3b", "qlora3b", "gptoss20b"])
+def test_the_gpu_benchmark_runs_with_tiny_shapes(tmp_path: Path, row: str) -> None:
+    words = [sys.executable, "tests/bench_gpu.py", "--tiny", "--only", row, "--rounds", "1"]
+    words += ["--steps", "3", "--skip", "1"]
+    done = subprocess.run(words, cwd=tiny.ROOT, capture_output=True, text=True, check=True)
+    ours, theirs = done.stdout.splitlines()[-2:]
+    assert ours.startswith(f"| {row} | ours | ") and theirs.startswith(f"| {row} | trl | ")
+    assert float(ours.split("|")[-2]) < 1e-3
 
 
 @pytest.mark.gpu
