@@ -5,7 +5,7 @@
 Needs the packages of requirements.txt, a folder of datasets/build_unified.py and a pretrained
 encoder as a folder. Everything is local: no token, no network.
 
-For each seed, on the same posts: train/train.py with the flags of tests/real_posts.py, and
+The same command again takes up what has ended. For each seed, on the same posts: train/train.py with the flags of tests/real_posts.py, and
 transformers' Trainer with its defaults (all weights, learning rate 5e-5, batches of 8, 3 epochs,
 linear decay). Of both the weights with the best AUROC of six evaluations on the validation posts
 are kept; the threshold is 0.5. TF-IDF + logistic regression is eval.py's baseline. What differs is
@@ -27,7 +27,8 @@ from typing import Any
 from real_posts import TRAINING, run
 from tiny import load_script
 
-SELECTION = ("--metric_for_best_model", "roc_auc", "--calibration_fraction", "0")
+# Both sides choose on all validation posts.
+SELECTION = ("--calibration_fraction", "0")
 EVALUATIONS = 6
 
 
@@ -109,9 +110,10 @@ def one_run(options: argparse.Namespace, kind: str, seed: int) -> Path:
     out = options.dir / f"{kind}-{seed}"
     out.mkdir(parents=True, exist_ok=True)
     common = ("--dataset_repo", str(options.dataset_repo))
-    if kind == "full":
+    if kind == "full" and not (out / "predictions.jsonl").exists():
         again = ("--encoder", str(options.encoder), "--dir", str(out), "--full_seed", str(seed))
         subprocess.run([sys.executable, __file__, *common, *again], check=True)
+    if kind == "full":
         return out / "predictions.jsonl"
     base = ("--model_name_or_path", str(options.encoder))
     seeded = ("--seed", str(seed), "--output_dir", str(out))
@@ -137,10 +139,11 @@ def main() -> None:
         return
     # Each run has one thread, so that they do not disturb each other.
     os.environ |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    wanted = [(kind, seed) for seed in options.seeds for kind in ("lora", "full")]
+    wanted = [(kind, seed) for kind in ("lora", "full") for seed in options.seeds]
     with ThreadPoolExecutor(options.at_once) as pool:
         found = [*pool.map(lambda which: one_run(options, *which), wanted)]
-    ours, theirs = ([str(path) for path in found[start::2]] for start in (0, 1))
+    paths = [str(path) for path in found]
+    ours, theirs = paths[: len(options.seeds)], paths[len(options.seeds) :]
     baseline = options.dir / "tfidf.jsonl"
     words(options.dataset_repo, baseline)
     pools = ("--pool", ",".join(ours), "--pool", ",".join(theirs))

@@ -23,9 +23,10 @@ from tiny import ROOT, load_script
 TRAINING = [
     *("--task", "classify", "--lora_target_modules", "all-linear", "--lora_r", "16"),
     *("--learning_rate", "5e-4", "--num_train_epochs", "3", "--warmup_steps", "0.06"),
-    *("--per_device_train_batch_size", "32", "--gradient_accumulation_steps", "1"),
-    *("--max_length", "128", "--save_steps", "53", "--early_stopping_patience", "4"),
+    *("--per_device_train_batch_size", "16", "--gradient_accumulation_steps", "1"),
+    *("--max_length", "128", "--save_steps", "106", "--early_stopping_patience", "6"),
     *("--early_stopping_threshold", "0", "--train_sampling_strategy", "group_by_length"),
+    *("--metric_for_best_model", "roc_auc"),
     *("--bf16", "true", "--logging_steps", "53", "--report_to", "none"),
 ]
 
