@@ -5,11 +5,12 @@
 Needs the packages of requirements.txt, a folder of datasets/build_unified.py and a pretrained
 encoder as a folder. Everything is local: no token, no network.
 
-The same command again takes up what has ended. For each seed, on the same posts: train/train.py with the flags of tests/real_posts.py, and
+For each seed, on the same posts: train/train.py with the flags of tests/real_posts.py, and
 transformers' Trainer with its defaults (all weights, learning rate 5e-5, batches of 8, 3 epochs,
 linear decay). Of both the weights with the best AUROC of six evaluations on the validation posts
 are kept; the threshold is 0.5. TF-IDF + logistic regression is eval.py's baseline. What differs is
-said by eval/compare.py, which pools the seeds and pairs the posts.
+said by eval/compare.py, which pools the seeds and pairs the posts. The same command again takes up
+what has ended.
 """
 
 from __future__ import annotations
