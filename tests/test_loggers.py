@@ -420,7 +420,6 @@ def test_a_raising_logger_is_named_once_and_left_out(
 
 
 def test_tensorboard_shows_each_step_once(train: ModuleType, tmp_path: Path) -> None:
-    pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     trainer = small_trainer(tmp_path, "tensorboard", 7)
@@ -434,7 +433,7 @@ def test_tensorboard_shows_each_step_once(train: ModuleType, tmp_path: Path) -> 
 
 
 def test_a_logger_that_cannot_work_is_refused(
-    train: ModuleType, capsys: pytest.CaptureFixture
+    train: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     from transformers.integrations import integration_utils
 
@@ -448,6 +447,15 @@ def test_a_logger_that_cannot_work_is_refused(
         with pytest.raises(SystemExit) as end:
             train.check_loggers(argparse.Namespace(report_to=names))
         assert end.value.code == 2 and hint in capsys.readouterr().err
+    for flags, names in (
+        ([], ["wandb"]),
+        (["--output_dir", "out"], ["wandb", "tensorboard"]),
+        (["--output_dir", "out", "--report_to", "none"], ["none"]),
+    ):
+        assert train.parse_args(flags).report_to == names
+        with monkeypatch.context() as without:
+            without.setitem(sys.modules, "transformers.integrations", None)
+            train.check_loggers(argparse.Namespace(report_to=names))
     args = argparse.Namespace(report_to=["all"])
     train.check_loggers(args)
     assert args.report_to == ready and "wandb" in ready

@@ -274,6 +274,7 @@ def test_the_routers_auxiliary_loss_is_off_unless_asked_for(
     config = train.read_base_config(train.open_repo(str(base), "model"))
     assert config.router_aux_loss_coef == 0.9
     settings = train.build_settings(args, config, "cpu", "float32", False, tmp_path)
+    assert settings.hub_private_repo is True  # of the Space that trackio makes
     assert settings.router_aux_loss_coef == coefficient
 
 

@@ -667,18 +667,37 @@ def test_an_incomplete_checkpoint_is_named_and_skipped(
     assert "resuming from checkpoint-4" in printed
 
 
-def test_wandb_runs_offline_without_a_key_and_keeps_its_run(
-    train: ModuleType, files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_by_default_wandb_runs_offline_without_a_key_and_tensorboard_beside_it(
+    train: ModuleType,
+    alice: Hub,
+    files: Path,
+    base: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
 ) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
     monkeypatch.chdir(tmp_path)
     for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_RUN_ID", "WANDB_RESUME", "WANDB_PROJECT"):
         # Set first, so that what the script sets is undone at the end.
         monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)
-    argv = short_run(files, "--model_name_or_path", str(files / "llama"), "--report_to", "wandb")
-    train.main([*argv, "--output_dir", str(tmp_path / "out"), "--max_steps", "2"])
-    run = json.loads((tmp_path / "out/contract.json").read_text())["training"]["wandb_run_id"]
-    assert list((tmp_path / "wandb").glob(f"offline-run-*-{run}"))
+    out = tmp_path / "out"
+    argv = short_run(files, "--model_name_or_path", base, "--hub_model_id", "alice/logged")
+    at = argv.index("--report_to")
+    del argv[at : at + 2]
+    argv += ["--output_dir", str(out)]
+    for steps in ("4", "6"):
+        train.main([*argv, "--max_steps", steps])
+    run = json.loads((out / "contract.json").read_text())["training"]["wandb_run_id"]
+    assert len(list((tmp_path / "wandb").glob(f"offline-run-*-{run}"))) == 2
+    events = EventAccumulator(str(out / "runs")).Reload()
+    assert [event.step for event in events.Scalars("train/loss")] == [1, 2, 3, 4, 5, 6]
+    # They stay here: neither the Hub nor the receipt names them.
+    assert "resuming from checkpoint-4" in (printed := capsys.readouterr().out)
+    assert "tfevents" not in printed and "runs/" not in printed
+    assert not [path for path in HfApi().list_repo_files("alice/logged") if "runs" in path]
 
 
 def test_a_hub_that_refuses_checkpoints_does_not_stop_the_training(

@@ -8,6 +8,7 @@
 #     "jinja2==3.1.6",
 #     "peft==0.21.2",
 #     "pyyaml==6.0.3",
+#     "tensorboard==2.21.0",
 #     "torch==2.13.0",
 #     "transformers==5.23.0",
 #     "trl==1.16.0",
@@ -141,7 +142,6 @@ PRESETS: dict[str, dict[str, Any]] = {
         "learning_rate": 1e-4,
         "warmup_steps": 0.05,
         "lr_scheduler_type": "cosine",
-        "report_to": ["wandb"],
         "sample_steps": 100,
     },
     # The recipe of the source: LoRA on GPT-2, one epoch, the last weights.
@@ -358,7 +358,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     flag("--logging_steps", type=int, default=10)
     flag("--sample_steps", type=int, default=100, help="between sample answers; 0: none")
     flag("--log_text", **switch, help="samples are validation posts; the log is then pushed too")
-    flag("--report_to", nargs="+", default=["wandb"], help="wandb (offline without its key), none")
+    flag(
+        *("--report_to",),
+        nargs="+",
+        help="wandb (offline without its key), with --output_dir tensorboard too (its runs/); none",
+    )
     flag("--config_file", help="JSON or YAML file of these flags")
     flag("--preset", default="default", help=", ".join(PRESETS))
     flag("--allow_public", **switch, help="push to a repo that is public")
@@ -381,6 +385,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     fields = add_trainer_fields(parser)
     args = resolve_arguments(parser, argv, PRESETS, ALIASES)
     args.trainer_fields = {name: vars(args).pop(name) for name in fields & vars(args).keys()}
+    if args.report_to is None:
+        args.report_to = ["wandb", "tensorboard"] if args.output_dir else ["wandb"]
     for name in args.trainer_fields.keys() & DECIDED_HERE.keys():
         print(f"--{name} has no effect: {DECIDED_HERE[name]}", flush=True)
         del args.trainer_fields[name]
@@ -2753,6 +2759,8 @@ def build_settings(
         "disable_tqdm": not sys.stderr.isatty(),
         # Only an expert can be without a gradient, because no token was sent to it.
         "ddp_find_unused_parameters": has_experts(config),
+        # Of the Space that trackio makes; nothing else here reads it.
+        "hub_private_repo": True,
     }
     further = dict(args.trainer_fields)
     if not evaluates:
@@ -4762,10 +4770,10 @@ def weighted_loss(model: Any, inputs: dict[str, Any]) -> Any:
 def check_loggers(args: argparse.Namespace) -> None:
     """Refuse a --report_to that cannot work, and write out what `all` stands for.
 
-    W&B, the default, is a pinned dependency; only further names make this import transformers.
+    W&B and TensorBoard are pinned dependencies; only further names make this import transformers.
     """
     names = set(args.report_to)
-    if names <= {"wandb"} or names == {"none"}:
+    if names <= {"wandb", "tensorboard"} or names == {"none"}:
         return
     if len(names) > 1 and names & {"all", "none"}:
         fail(f"--report_to {' '.join(args.report_to)}: all and none stand alone.")
