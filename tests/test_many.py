@@ -251,6 +251,20 @@ def test_each_gpu_gets_a_process(train: ModuleType, monkeypatch: pytest.MonkeyPa
             there.setenv(name, "0")
             train.start_processes(args, argv)
     assert len(started) == 1
+    # A single one has a launcher too: else Trainer would use all GPUs that it sees.
+    with pytest.raises(SystemExit):
+        train.start_processes(train.parse_args([*argv, "--num_processes", "1"]), argv)
+    assert started[1][2].nproc_per_node == 1
+
+
+def test_a_process_that_sees_several_gpus_is_refused(
+    train: ModuleType, capsys: pytest.CaptureFixture
+) -> None:
+    for gpus in (0, 1):
+        train.check_devices(SimpleNamespace(n_gpu=gpus))
+    with pytest.raises(SystemExit) as ended:
+        train.check_devices(SimpleNamespace(n_gpu=4))
+    assert ended.value.code == 2 and "sees 4 GPUs" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

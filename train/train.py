@@ -503,6 +503,7 @@ def train(argv: list[str] | None, stop: Stop) -> None:
     settings = build_settings(
         shared, config, device, precision, bool(data.validation), store.folder
     )
+    check_devices(settings)
     if optimizer := contract["training"]["optimizer"]:
         settings.optim = optimizer
     if sharded:
@@ -5006,18 +5007,32 @@ def is_launched() -> bool:
     return "LOCAL_RANK" in os.environ or "ACCELERATE_MIXED_PRECISION" in os.environ
 
 
-def count_processes(args: argparse.Namespace) -> int:
-    """How many processes this start makes on this machine: one for each GPU, or as asked for."""
-    gpus = 0
-    if NVIDIA_DRIVER.exists():
-        import torch  # Seconds, which a machine without a driver need not spend.
+def count_gpus() -> int:
+    """How many GPUs this process sees."""
+    if not NVIDIA_DRIVER.exists():
+        return 0
+    import torch  # Seconds, which a machine without a driver need not spend.
 
-        gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0
+
+
+def count_processes(args: argparse.Namespace, gpus: int) -> int:
+    """How many processes this start makes on this machine: one for each GPU, or as asked for."""
     if args.num_processes is None:
         return max(1, gpus)
     if 0 < gpus < args.num_processes:
         fail(f"--num_processes {args.num_processes}: this machine has {gpus} GPUs, one for each.")
     return args.num_processes
+
+
+def check_devices(settings: Any) -> None:
+    """Refuse a process that Trainer would let compute on several GPUs: steps of other rows."""
+    if settings.n_gpu > 1:
+        fail(
+            f"this process sees {settings.n_gpu} GPUs, and its launcher made only one. Start with "
+            "`uv run`, which makes one for each GPU; give the launcher as many processes as GPUs; "
+            "or show this one a single GPU: CUDA_VISIBLE_DEVICES=0."
+        )
 
 
 def start_processes(args: argparse.Namespace, argv: list[str] | None) -> None:
@@ -5029,8 +5044,10 @@ def start_processes(args: argparse.Namespace, argv: list[str] | None) -> None:
     """
     if is_launched():
         return
-    count = count_processes(args)
-    if count == 1 and args.nnodes == 1:
+    gpus = count_gpus()
+    count = count_processes(args, gpus)
+    # Trainer splits the rows of a process that no launcher has made over all GPUs it sees.
+    if count == 1 and gpus < 2 and args.nnodes == 1:
         return
     from torch.distributed.run import config_from_args
     from torch.distributed.run import parse_args as parse_launch
@@ -5046,7 +5063,7 @@ def start_processes(args: argparse.Namespace, argv: list[str] | None) -> None:
         where += ["--master-addr", address, "--master-port", port]
         where += ["--rdzv-conf", f"timeout={JOIN_SECONDS}"]
     nodes = f", node {args.node_rank} of {args.nnodes}" if args.nnodes > 1 else ""
-    print(f"starting {count} processes on this machine{nodes}", flush=True)
+    print(f"starting {count} process{'es' * (count > 1)} on this machine{nodes}", flush=True)
     # Else torch gives each a single thread.
     threads = max(1, (os.cpu_count() or 1) // count)
     os.environ.setdefault("OMP_NUM_THREADS", str(threads))
