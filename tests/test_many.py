@@ -294,6 +294,20 @@ def test_torchrun_and_our_own_processes_exclude_each_other(
     assert "too late" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("name", ["FSDP", "DeepSpeed"])
+def test_sharding_by_a_configuration_of_accelerate_is_refused(
+    train: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, name: str
+) -> None:
+    args = train.parse_args([])
+    monkeypatch.setenv(f"ACCELERATE_USE_{name.upper()}", "false")
+    train.check_processes(args)
+    monkeypatch.setenv(f"ACCELERATE_USE_{name.upper()}", "true")
+    with pytest.raises(SystemExit) as ended:
+        train.check_processes(args)
+    said = capsys.readouterr().err
+    assert ended.value.code == 2 and f"turns on {name}" in said and "--fsdp" in said
+
+
 @pytest.mark.parametrize(
     ("size", "accumulated", "processes", "share"),
     [

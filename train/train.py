@@ -4976,6 +4976,8 @@ def guard(callback: Any, reached: int) -> None:
 LAUNCH = "TRAIN_LAUNCH"
 LOCAL_RANK = int(os.environ.get("LOCAL_RANK", "0"))
 NODES = int(os.environ.get("GROUP_WORLD_SIZE", "1"))
+# What accelerate launch sets where its configuration shards.
+LAUNCHED_SHARDING = {"FSDP": "ACCELERATE_USE_FSDP", "DeepSpeed": "ACCELERATE_USE_DEEPSPEED"}
 ENDED = 128 + signal.SIGTERM  # the code of a process that its launcher has ended
 JOIN_SECONDS = 1800  # how long a node waits for the others: Jobs do not start together
 # What gloo, NCCL and the store say when a process at the other end has ended.
@@ -4995,6 +4997,13 @@ def check_processes(args: argparse.Namespace) -> None:
         fail(f"--nnodes {args.nnodes} needs --node_rank, from 0 to {args.nnodes - 1}, on each.")
     elif args.node_rank and not args.master_addr:
         fail("--master_addr: what is the host name or address of node 0?")
+    for name, variable in LAUNCHED_SHARDING.items():
+        if os.environ.get(variable, "").lower() in ("1", "true"):
+            fail(
+                f"accelerate's configuration turns on {name}, with which this script cannot end a "
+                "run. Launch without it (accelerate launch --multi_gpu); --fsdp, behind the "
+                "script's name, shards the base."
+            )
     if LAUNCH not in os.environ and is_launched() and (args.num_processes or args.nnodes > 1):
         fail(
             "torchrun or accelerate has started this process already, so --num_processes and "
