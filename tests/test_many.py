@@ -404,12 +404,15 @@ def test_what_no_single_gpu_holds_is_sharded(
     gpu = SimpleNamespace(total_memory=24 * 2**30)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda *_: gpu)
     monkeypatch.setattr(train, "count_parameters", lambda parameters: parameters)
+    monkeypatch.setattr(train, "available_memory", lambda: 170 * 2**30)
 
-    def choose(billions: float, processes: int, *flags: str, earlier: Any = None) -> bool:
+    def choose(
+        billions: float, processes: int, *flags: str, earlier: Any = None, device: str = "cuda"
+    ) -> bool:
         monkeypatch.setattr(train, "WORLD_SIZE", processes)
         contract = {"training": {"precision": "bfloat16"}}
         args = train.parse_args([*flags])
-        sharded = train.choose_sharding(args, billions * 2**30, "cuda", contract, earlier)
+        sharded = train.choose_sharding(args, billions * 2**30, device, contract, earlier)
         assert contract["training"]["sharded"] is sharded
         return sharded
 
@@ -424,6 +427,18 @@ def test_what_no_single_gpu_holds_is_sharded(
         with pytest.raises(SystemExit):
             choose(1, processes, *flags)
     assert capsys.readouterr().err.count("error: ") == 2
+    # Without GPUs accelerate would shard nothing, and each process loads all of the base.
+    for billions, device, message in (
+        (1, "cpu", "needs GPUs, and this start has none"),
+        (22, "cuda", "each of the 4 processes of this machine loads the whole base"),
+    ):
+        with pytest.raises(SystemExit) as ended:
+            choose(billions, 4, "--fsdp", device=device)
+        said = capsys.readouterr().err
+        assert ended.value.code == 2 and message in said
+    assert "176 GiB of memory together, and 170 GiB are free" in said
+    monkeypatch.setattr(train, "NODES", 2)
+    assert choose(22, 4, "--fsdp")
 
 
 @pytest.mark.parametrize(
@@ -462,4 +477,6 @@ def shard_on_cpus() -> None:
 
 if __name__ == "__main__":
     shard_on_cpus()
-    tiny.load_script("train/train.py").main()
+    script = tiny.load_script("train/train.py")
+    script.SHARDED_DEVICES = ("cpu",)
+    script.main()

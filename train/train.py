@@ -543,7 +543,7 @@ def train(argv: list[str] | None, stop: Stop) -> None:
         shutil.rmtree(store.folder / RESUMED, ignore_errors=True)
         if not args.output_dir:
             shutil.rmtree(store.folder, ignore_errors=True)
-    elif sharded:
+    elif trainer.is_fsdp_enabled:
         assist_finish(run, trainer, tokenizer)
 
 
@@ -4978,6 +4978,7 @@ LOCAL_RANK = int(os.environ.get("LOCAL_RANK", "0"))
 NODES = int(os.environ.get("GROUP_WORLD_SIZE", "1"))
 # What accelerate launch sets where its configuration shards.
 LAUNCHED_SHARDING = {"FSDP": "ACCELERATE_USE_FSDP", "DeepSpeed": "ACCELERATE_USE_DEEPSPEED"}
+SHARDED_DEVICES = ("cuda",)  # on others accelerate leaves FSDP out without a word
 ENDED = 128 + signal.SIGTERM  # the code of a process that its launcher has ended
 JOIN_SECONDS = 1800  # how long a node waits for the others: Jobs do not start together
 # What gloo, NCCL and the store say when a process at the other end has ended.
@@ -5312,8 +5313,8 @@ def choose_sharding(
 
     training = contract["training"]
     needed, have = 0.0, math.inf
+    size = 0.6 if args.load_in_4bit else {"float32": 4, "bfloat16": 2}[training["precision"]]
     if device == "cuda":
-        size = 0.6 if args.load_in_4bit else {"float32": 4, "bfloat16": 2}[training["precision"]]
         needed = 1.2 * size * count_parameters(config) / 2**30
         have = torch.cuda.get_device_properties(0).total_memory / 2**30
     fitting = f"the base needs about {needed:.0f} GiB of a GPU's {have:.0f}"
@@ -5326,11 +5327,14 @@ def choose_sharding(
             way = "a flavor with more memory"
             way += "" if args.load_in_4bit else ", --load_in_4bit, or several GPUs (FSDP2)"
             print(f"warning: {fitting}: it may not fit. {way} would hold it.", flush=True)
+    if sharded and device not in SHARDED_DEVICES:
+        fail("FSDP (--fsdp, or a run that began with it) needs GPUs, and this start has none.")
     if sharded and WORLD_SIZE == 1:
         fail("FSDP shares a model out over several processes, and this start has one GPU.")
     if sharded and args.load_in_4bit:
         fail("--fsdp and --load_in_4bit exclude each other: leave one of them out.")
     if sharded:
+        check_memory(size * count_parameters(config))
         why = f" ({fitting})" if needed > have else ""
         print(
             f"FSDP2: the base is shared out over {WORLD_SIZE} processes{why}. Each loads all of it "
@@ -5339,6 +5343,29 @@ def choose_sharding(
         )
     training["sharded"] = sharded
     return sharded
+
+
+def check_memory(size: float) -> None:
+    """Refuse a base of `size` bytes that this machine's processes could not all load at once."""
+    count, have = WORLD_SIZE // NODES, available_memory()
+    if count * size > have:
+        fail(
+            f"FSDP: each of the {count} processes of this machine loads the whole base before its "
+            f"share goes to a GPU, {count * size / 2**30:.0f} GiB of memory together, and "
+            f"{have / 2**30:.0f} GiB are free. Take a machine with more, give fewer processes "
+            "(--num_processes), or leave FSDP out and say --load_in_4bit."
+        )
+
+
+def available_memory() -> float:
+    """Bytes that processes can still have on this machine or in its container, where it tells."""
+    found = [math.inf]
+    with contextlib.suppress(OSError):
+        said = Path("/proc/meminfo").read_text(encoding="utf-8")
+        found += [1024 * int(kib) for kib in re.findall(r"MemAvailable:\s+(\d+) kB", said)]
+    with contextlib.suppress(OSError, ValueError):  # The word max: no limit.
+        found.append(int(Path("/sys/fs/cgroup/memory.max").read_text(encoding="utf-8")))
+    return min(found)
 
 
 def shard(args: argparse.Namespace, settings: Any) -> None:
