@@ -267,6 +267,19 @@ def test_a_process_that_sees_several_gpus_is_refused(
     assert ended.value.code == 2 and "sees 4 GPUs" in capsys.readouterr().err
 
 
+def test_one_process_asks_the_hub_who_you_are(
+    train: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(train, "RANK", 1)
+    monkeypatch.setattr(train, "broadcast", lambda value: value or "alice")
+    monkeypatch.setattr(train, "limit_silence", lambda: None)
+    monkeypatch.setattr(train, "own_namespace", lambda: pytest.fail("the Hub is asked"))
+    args = train.parse_args(["--run_name", "x"])
+    assert train.open_store(args).repo == "alice/hsd-x" and args.dataset_repo == "alice/hsd-data"
+    args = train.parse_args(["--dataset_repo", "bob/d", "--hub_model_id", "bob/m"])
+    assert train.open_store(args).repo == "bob/m" and args.dataset_repo == "bob/d"
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [

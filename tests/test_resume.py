@@ -882,6 +882,18 @@ def test_a_relay_hands_over_at_the_deadline_only(
     HfApi(token=alice.token).cancel_job(job_id=following.info["id"])
 
 
+def test_the_jobs_of_all_nodes_are_counted_in_dollars(
+    train: ModuleType, alice: Hub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = running_job(alice)
+    monkeypatch.setenv("JOB_ID", job)
+    store = train.Store("alice/nodes", Path("out"))
+    one = train.read_job(store)
+    monkeypatch.setattr(train, "NODES", 3)
+    assert train.read_job(store).dollars_per_hour == 3 * one.dollars_per_hour > 0
+    HfApi(token=alice.token).cancel_job(job_id=job)
+
+
 @pytest.mark.parametrize(
     ("change", "flags", "says"),
     [

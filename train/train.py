@@ -1009,10 +1009,14 @@ def open_store(args: argparse.Namespace) -> Store:
     local = bool(args.output_dir) and not args.hub_model_id
     if not args.dataset_repo and not args.train_file:
         args.dataset_repo = "{you}/hsd-data"
-    if (args.dataset_repo or "").startswith("{you}/"):
-        args.dataset_repo = f"{own_namespace()}/{args.dataset_repo.partition('/')[2]}"
     if not local and not args.hub_model_id:
-        args.hub_model_id = f"{own_namespace()}/hsd-{args.run_name or 'lora'}"
+        args.hub_model_id = f"{{you}}/hsd-{args.run_name or 'lora'}"
+    repos = {name: getattr(args, name) or "" for name in ("dataset_repo", "hub_model_id")}
+    mine = {name: repo[5:] for name, repo in repos.items() if repo.startswith("{you}")}
+    if mine:
+        # One process asks: many at once could be told to wait.
+        you = broadcast(own_namespace() if RANK == 0 else None)
+        vars(args).update({name: f"{you}{rest}" for name, rest in mine.items()})
     scratch = Path(tempfile.gettempdir()) / f"hsd-train-{broadcast(os.urandom(4).hex())}"
     folder = Path(args.output_dir or scratch).expanduser()
     if not local:
@@ -2020,10 +2024,10 @@ class Job:
     started: float = PROCESS_START  # seconds since the epoch
     timeout_s: float | None = None
     retries: int = 0
-    dollars_per_hour: float | None = None
+    dollars_per_hour: float | None = None  # of the Jobs of all nodes together
 
     def dollars(self) -> float:
-        """What this Job has cost so far; billing is by the started minute."""
+        """What this run's Jobs have cost so far; billing is by the started minute."""
         minutes = math.ceil((time.time() - self.started) / 60)
         return minutes * (self.dollars_per_hour or 0.0) / 60
 
@@ -2071,7 +2075,7 @@ def read_job(store: Store) -> Job:
         item = hardware.get((record or {}).get("flavor") or "")
         per_hour = {"minute": 60, "hour": 1}
         if item and item.unit_label in per_hour:
-            price = item.unit_cost_usd * per_hour[item.unit_label]
+            price = NODES * item.unit_cost_usd * per_hour[item.unit_label]
     if record is None:
         print(f"the Jobs API says nothing about this job, {job_id}", flush=True)
         return Job(job_id)
@@ -2557,8 +2561,9 @@ class Run:
         pace = (self.mark - since) / max(1, state.global_step - first)
         left_s = pace * (state.max_steps - state.global_step)
         price = self.job.dollars_per_hour
+        machines = "this machine" if NODES == 1 else f"these {NODES} machines"
         left = f"about {left_s / 60:.0f} min" + (
-            f" and {left_s / 3600 * price:.2f} $ of this machine" if price else ""
+            f" and {left_s / 3600 * price:.2f} $ of {machines}" if price else ""
         )
         # Printed only: after its last commit a paused run writes nothing.
         print(
