@@ -267,6 +267,26 @@ def test_a_process_that_sees_several_gpus_is_refused(
     assert ended.value.code == 2 and "sees 4 GPUs" in capsys.readouterr().err
 
 
+def test_processes_wait_longer_than_the_first_for_the_hub(
+    train: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from torch import distributed
+
+    waits: list[float] = []
+
+    def begin(*_: Any, timeout: Any) -> None:
+        waits.append(timeout.total_seconds())
+
+    monkeypatch.setattr(distributed, "init_process_group", begin)
+    for flags in ([], ["--ddp_timeout", "7200"], ["--hub_patience", "3h"]):
+        args = train.parse_args(flags)
+        monkeypatch.setattr(train, "WORLD_SIZE", 1)
+        train.join_processes(args)
+        monkeypatch.setattr(train, "WORLD_SIZE", 2)
+        train.join_processes(args)
+    assert waits == [2400, 7200, 3 * 10800 + 600]
+
+
 def test_one_process_asks_the_hub_who_you_are(
     train: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:

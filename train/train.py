@@ -73,7 +73,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from importlib.machinery import PathFinder
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -220,6 +220,7 @@ RESUME_RULES = {
             *("dataloader_prefetch_factor", "dataloader_persistent_workers", "log_level"),
             *("disable_tqdm", "logging_first_step", "sample_steps", "log_text"),
             *("num_processes", "nnodes", "node_rank", "master_addr", "master_port"),
+            "ddp_timeout",
         ),
         NEW,
     ),
@@ -472,6 +473,7 @@ def train(argv: list[str] | None, stop: Stop) -> None:
         check_training_arguments(args)
         check_loggers(args)
     start_processes(args, argv)
+    join_processes(args)
     store = open_store(args)
     job = read_job(store)
     check_money(args, job)
@@ -678,9 +680,6 @@ def broadcast(value: Any) -> Any:
     import torch
     from torch import distributed
 
-    if not distributed.is_initialized():
-        both = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-        distributed.init_process_group(both)
     box = [value]
     distributed.broadcast_object_list(box, src=0, device=torch.device("cpu"))
     return box[0]
@@ -5015,6 +5014,22 @@ def check_processes(args: argparse.Namespace) -> None:
             "torchrun or accelerate has started this process already, so --num_processes and "
             "--nnodes come too late: give them to it, or start with `uv run`."
         )
+
+
+def join_processes(args: argparse.Namespace) -> None:
+    """Meet the other processes of a torchrun start, and agree how long one waits for another.
+
+    At the end all of them wait for the first, which may wait for an absent Hub three times.
+    """
+    if WORLD_SIZE == 1:
+        return
+    import torch
+    from torch import distributed
+
+    both = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    asked = args.trainer_fields.get("ddp_timeout", 1800)
+    seconds = max(asked, 3 * args.hub_patience + 600)
+    distributed.init_process_group(both, timeout=timedelta(seconds=seconds))
 
 
 def is_launched() -> bool:
