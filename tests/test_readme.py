@@ -49,7 +49,7 @@ def test_every_flag_it_names_exists() -> None:
     for script in SCRIPTS:
         known |= set(re.findall(r'"(--\w+)"', (ROOT / script).read_text(encoding="utf-8")))
     others = {"--flavor", "--secrets", "--env", "--no-project", "--with-requirements", "--optim"}
-    others |= {"--timeout", "--attempts", "--network-group", "--network-alias"}
+    others |= {"--timeout", "--attempts", "--network-group", "--network-alias", "--logdir"}
     # An arrow of the diagram, --train/train.py-->, is no flag.
     named = set(re.findall(r"(?<![\w-])--\w[\w-]*(?![\w/-])", README)) - others
     assert named <= known, named - known
