@@ -8663,12 +8663,30 @@ def unify_row(row: Any, labels: list[str], name: str, origin: str) -> dict[str, 
             message | {"content": message["content"].strip()} for message in row["completion"]
         ]
     if "label" in row:
-        names = {str(index): label for index, label in enumerate(labels)}
-        row["label"] = names.get(str(row["label"]), row["label"])
+        row["label"] = label_name(row["label"], labels)
     groups = row.get("target_groups") or []
     row["target_groups"] = [groups] if isinstance(groups, str) else groups
     row.setdefault("id", name)
     return row
+
+
+def label_name(value: Any, labels: list[str]) -> str:
+    """The label that a row's value means: the one of that name, else the one at that place.
+
+    1.0 and true are 1 too. Labels that are numbers themselves have no places: beside 1 and 2 a 0
+    is a third label, not the first one.
+    """
+    forms = [str(value)]
+    if isinstance(value, bool):
+        forms.append(str(value).lower())
+    if isinstance(value, bool) or (isinstance(value, float) and value.is_integer()):
+        forms.append(str(int(value)))
+    for form in forms:
+        if form in labels:
+            return form
+    numbered = any(re.fullmatch(r"-?\d+", label) for label in labels)
+    places = {} if numbered else {str(place): label for place, label in enumerate(labels)}
+    return places.get(forms[-1], forms[-1])
 
 
 def check_line(row: Any, origin: str) -> None:

@@ -743,3 +743,34 @@ def test_labels_of_the_user_beat_the_usual_ones(
     assert data.prompt["user"].count("clean or rude or vile") == 1
     assert data.positive_label == "vile"
     assert "3 clean, 3 rude, 3 vile (positive: vile)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("labels", "values", "names"),
+    [
+        (["1", "2"], [1, 2, "2", 0], ["1", "2", "2", "0"]),
+        (["1", "0"], [1, 0, 1.0, 0.0, True], ["1", "0", "1", "0", "1"]),
+        (["-1", "1"], [-1, 1, 0], ["-1", "1", "0"]),
+        (
+            ["normal", "hate"],
+            [0, "1", 1.0, False, True],
+            ["normal", "hate", "hate", "normal", "hate"],
+        ),
+        (["true", "false"], [True, False, "true"], ["true", "false", "true"]),
+        (["not hate", "hate"], ["hate", 0, 2.0, 0.5], ["hate", "not hate", "2", "0.5"]),
+    ],
+)
+def test_a_value_is_the_label_of_its_name_before_it_is_a_place(
+    train: ModuleType, labels: list[str], values: list[Any], names: list[str]
+) -> None:
+    assert [train.label_name(value, labels) for value in values] == names
+
+
+def test_labels_that_are_numbers_are_neither_shifted_nor_inverted(
+    train: ModuleType, tmp_path: Path
+) -> None:
+    rows = [{"text": str(number), "label": number % 2} for number in range(5)]
+    file = tiny.write_jsonl(tmp_path / "rows.jsonl", rows)
+    argv = ["--train_file", str(file), "--labels", "1", "0", "--positive_label", "1"]
+    data = train.read_local_data(train.parse_args(argv))
+    assert [row["label"] for row in data.train] == ["0", "1", "0", "1", "0"]
