@@ -662,6 +662,8 @@ def chat(*roles: str) -> dict[str, Any]:
         ([{"tweet": "a", "class": 1}], [], "it has class, tweet. A row is one of: `messages`"),
         ([{"prompt": "a"}], [], "needs `text` and `label`, or a prompt with its answer"),
         ([3], [], "it is no object"),
+        ([chat("user", "assistant") | {"text": "a \ud83d"}], [], "line 1 is no valid Unicode"),
+        ([{"text": "a", "label": "\ud83d"}], [], "'\\ud83d' is half a character"),
         ([chat("user", "assistant", "user", "assistant")], [], "nothing before them but perhaps"),
         ([{"prompt": ["a"], "completion": "hate"}], [], "must be a string"),
         ([{"prompt": "a", "completion": 1}], [], "must be a string"),
@@ -679,7 +681,7 @@ def chat(*roles: str) -> dict[str, Any]:
         (
             [{"prompt": "a", "completion": "hate"}, {"prompt": "b", "completion": "hatee"}],
             [],
-            "name no label. The labels are: normal, hate",
+            "name no label. The labels are: normal, hate. Correct these answers, or train with the",
         ),
         ([{"text": "a", "label": "hate"}], ["--labels", "hate"], "give two labels or more"),
         (
@@ -774,3 +776,19 @@ def test_labels_that_are_numbers_are_neither_shifted_nor_inverted(
     argv = ["--train_file", str(file), "--labels", "1", "0", "--positive_label", "1"]
     data = train.read_local_data(train.parse_args(argv))
     assert [row["label"] for row in data.train] == ["0", "1", "0", "1", "0"]
+
+
+def test_a_post_of_a_hub_dataset_without_a_label_is_named(
+    train: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    from datasets import ClassLabel, Dataset, Features, Value
+
+    features = Features({"text": Value("string"), "label": ClassLabel(names=["fine", "bad"])})
+    rows = {"text": ["a", "b", "c"], "label": [1, 0, None]}
+    for absent in (None, -1):
+        folder = tmp_path / f"data{absent}"
+        rows["label"][2] = absent
+        Dataset.from_dict(rows, features).to_parquet(folder / "train.parquet")
+        argv = ["--dataset_repo", str(folder), "--output_dir", str(tmp_path / "out")]
+        message = refusal(train.main, capsys, argv)
+        assert "(default/train) row 3 needs `text` and `label`" in message

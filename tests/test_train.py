@@ -211,7 +211,8 @@ def test_no_token(train: ModuleType, hub: Hub, capsys: pytest.CaptureFixture) ->
         ('{"text": "a", "label": "spam"}\n', "unknown labels ['spam']"),
         ('{"text": "a", "label": 2}\n', "unknown labels ['2']"),
         ("not json\n", "line 1 is not JSON"),
-        ('{"text": null, "label": "hate"}\n', "must be a string"),
+        ('{"text": 1, "label": "hate"}\n', "must be a string"),
+        ('{"text": "a", "label": null}\n', "line 1 needs `text` and `label`"),
         ('{"text": "a", "label": "hate", "target_groups": [3]}\n', "must be a list of names"),
         ('{"messages": []}\n', "must end with"),
     ],
@@ -289,7 +290,7 @@ def simple_row(**changes: Any) -> dict[str, Any]:
     [
         ({"train": [simple_row(text=None)]}, [], "lacks the columns text"),
         ({"train": [simple_row(prompt=None)]}, [], "lacks the columns prompt"),
-        ({"train": [simple_row(label="spam")]}, [], "unknown labels ['spam']"),
+        ({"train": [simple_row(label="spam")]}, [], "unknown labels ['spam'], first in the row 1"),
         ({"train": [simple_row()]}, [], "has no split 'validation'"),
         ({"train": [simple_row()]}, ["--dataset_config", "other"], "has no config 'other'"),
     ],

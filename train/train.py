@@ -6021,8 +6021,11 @@ def load_split(repo: Repo, config: str, split: str) -> tuple[list[dict[str, Any]
         fail(f"{repo.name} ({config}/{split}) is empty.")
     rows = table.to_pylist()
     if isinstance(features.get("label"), ClassLabel):
+        names = features["label"].names
         for row in rows:
-            row["label"] = features["label"].int2str(row["label"])
+            # A post without a label has none, or -1.
+            known = row["label"] in range(len(names))
+            row["label"] = names[row["label"]] if known else None
     return rows, table.column_names
 
 
@@ -6043,8 +6046,6 @@ def read_plain_rows(
     config = config or ("default" if "default" in configs else configs[0])
     rows, _ = load_split(repo, config, split)
     for number, row in enumerate(rows, start=1):
-        # A column that is empty in a row is null there.
-        row = {key: value for key, value in row.items() if value is not None}
         rows[number - 1] = unify_row(
             row, labels, f"{split}-{number}", f"{repo.name} ({config}/{split}) row {number}"
         )
@@ -6090,6 +6091,9 @@ def unify_row(row: Any, labels: list[str], name: str, origin: str) -> dict[str, 
     `name` is the id of a row without one. A completion that is text is the assistant's answer,
     a prompt that is text the user's message.
     """
+    if isinstance(row, dict):
+        # A column that is empty in a row is null in a table.
+        row = {key: value for key, value in row.items() if value is not None}
     check_line(row, origin)
     if "messages" in row:
         *row["prompt"], answer = row.pop("messages")
@@ -6162,6 +6166,13 @@ def check_line(row: Any, origin: str) -> None:
     groups = row.get("target_groups") or []
     if not isinstance(groups, (str, list)) or not all(isinstance(group, str) for group in groups):
         fail(f"{origin}: `target_groups` must be a list of names.")
+    try:
+        "".join([str(row.get("id")), str(row.get("label")), *texts, *groups]).encode()
+    except UnicodeEncodeError as error:
+        fail(
+            f"{origin} is no valid Unicode: {error.object[error.start]!a} is half a character. "
+            "Leave it out, or put another in its place, as datasets/build_custom.py does."
+        )
 
 
 def as_turns(row: dict[str, Any], key: str) -> list[dict[str, str]]:
@@ -6197,19 +6208,28 @@ def fill_from_prompts(
         if label is None:
             unread.append(row)
         elif named is not None and named != label:
-            fail(f"{origin}: the row {row['id']} is labelled {label}, and its answer says {named}.")
+            fail(
+                f"{origin}: the row {row['id']} is labelled {label}, and its answer says {named}. "
+                "Correct one of the two."
+            )
     if unread:
         fail(
             f"{origin}: the answers of {len(unread)} rows, such as the one with the id "
-            f"{unread[0]['id']}, name no label. The labels are: {', '.join(labels)}."
+            f"{unread[0]['id']}, name no label. The labels are: {', '.join(labels)}. Correct these "
+            "answers, or train with the labels that they name: train/train.py --labels NAME NAME "
+            "--positive_label NAME."
         )
 
 
 def check_labels(rows: list[dict[str, Any]], labels: list[str], origin: str) -> None:
     """End on a label that the contract does not name."""
-    unknown = sorted({str(row["label"]) for row in rows if row.get("label") not in labels})
-    if unknown:
-        fail(f"{origin} has unknown labels {unknown[:5]}. The labels are: {', '.join(labels)}.")
+    others = [row for row in rows if row.get("label") not in labels]
+    if others:
+        unknown = sorted({str(row.get("label")) for row in others})
+        fail(
+            f"{origin} has unknown labels {unknown[:5]}, first in the row {others[0]['id']}. The "
+            f"labels are: {', '.join(labels)}."
+        )
 
 
 NO_TARGET = "no_target"
