@@ -1970,7 +1970,7 @@ def merge_layers(parser: Parser, layers: list[tuple[str, dict[str, Any]]]) -> ar
     origins: dict[str, str] = {}
     for origin, layer in layers:
         for name, value in layer.items():
-            arguments[name] = list_of_words(value) if isinstance(value, list) else value
+            arguments[name] = list_of_words(name, value) if isinstance(value, list) else value
             origins[name] = origin
     for name, origin in origins.items():
         if arguments[name] != parser.get_default(name):
@@ -1978,11 +1978,19 @@ def merge_layers(parser: Parser, layers: list[tuple[str, dict[str, Any]]]) -> ar
     return argparse.Namespace(**arguments)
 
 
-def list_of_words(values: list[Any]) -> list[Any]:
-    """Split list values at commas and spaces: `q_proj,v_proj` is `q_proj v_proj`."""
+def list_of_words(name: str, values: list[Any]) -> list[Any]:
+    """Split list values at commas and spaces: `q_proj,v_proj` is `q_proj v_proj`.
+
+    Labels may hold both: several stand as they are, and a single text is parted at its commas.
+    """
+    separator = r"[,\s]+"
+    if name == "labels":
+        if len(values) > 1:
+            return [value.strip(", ") for value in values]
+        separator = r"\s*,\s*" if "," in values[0].strip(", ") else separator
     words: list[Any] = []
     for value in values:
-        words += re.split(r"[,\s]+", value.strip(", ")) if isinstance(value, str) else [value]
+        words += re.split(separator, value.strip(", ")) if isinstance(value, str) else [value]
     return words
 
 

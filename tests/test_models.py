@@ -768,6 +768,37 @@ def test_a_value_is_the_label_of_its_name_before_it_is_a_place(
     assert [train.label_name(value, labels) for value in values] == names
 
 
+@pytest.mark.parametrize(
+    ("given", "labels"),
+    [
+        (["not hate", "hate"], ["not hate", "hate"]),
+        (["no, none", "hate"], ["no, none", "hate"]),
+        (["normal,", "hate"], ["normal", "hate"]),
+        (["not hate, hate"], ["not hate", "hate"]),
+        (["normal,hate"], ["normal", "hate"]),
+        (["normal hate"], ["normal", "hate"]),
+    ],
+)
+def test_a_label_may_hold_a_space_or_a_comma(
+    train: ModuleType,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    given: list[str],
+    labels: list[str],
+) -> None:
+    assert train.parse_args(["--labels", *given]).labels == labels
+    file = tmp_path / "flags.json"
+    for written in [given] if len(given) > 1 else [given, given[0]]:
+        file.write_text(json.dumps({"labels": written}))
+        assert train.parse_args(["--config_file", str(file)]).labels == labels
+    if len(given) == 1:
+        monkeypatch.setenv("HSD_LABELS", given[0])
+        assert train.parse_args([]).labels == labels
+    # Of any other list each word is one.
+    args = train.parse_args(["--lora_target_modules", "q_proj, k_proj", "v_proj"])
+    assert args.lora_target_modules == ["q_proj", "k_proj", "v_proj"]
+
+
 def test_labels_that_are_numbers_are_neither_shifted_nor_inverted(
     train: ModuleType, tmp_path: Path
 ) -> None:
@@ -776,6 +807,18 @@ def test_labels_that_are_numbers_are_neither_shifted_nor_inverted(
     argv = ["--train_file", str(file), "--labels", "1", "0", "--positive_label", "1"]
     data = train.read_local_data(train.parse_args(argv))
     assert [row["label"] for row in data.train] == ["0", "1", "0", "1", "0"]
+
+
+def test_answers_of_two_words_are_labels_where_told(
+    train: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    rows = [{"prompt": str(n), "completion": ("not hate", "hate")[n % 2]} for n in range(12)]
+    file = tiny.write_jsonl(tmp_path / "rows.jsonl", rows)
+    argv = ["--train_file", str(file), "--output_dir", str(tmp_path / "out")]
+    assert "--labels NAME NAME --positive_label NAME" in refusal(train.main, capsys, argv)
+    data = train.read_local_data(train.parse_args([*argv, "--labels", "not hate", "hate"]))
+    assert [row["label"] for row in data.train[:2]] == data.labels == ["not hate", "hate"]
+    assert data.prompt["answer"] == "{label}"
 
 
 def test_a_post_of_a_hub_dataset_without_a_label_is_named(
