@@ -676,7 +676,8 @@ def chat(*roles: str) -> dict[str, Any]:
         (
             [{"prompt": "a", "completion": "yes"}, {"prompt": "b", "completion": "no"}],
             [],
-            "--positive_label: which of no, yes",
+            "are no, yes, and 'hate' is none of them. Say which of them bias is to be measured "
+            "for, for example --positive_label yes.",
         ),
         (
             [{"prompt": "a", "completion": "hate"}, {"prompt": "b", "completion": "hatee"}],

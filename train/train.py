@@ -1337,11 +1337,16 @@ def build_plain_data(
     if unknown := sorted({row["label"] for row in rows} - {*labels}):
         fail(
             f"{origin} has unknown labels {unknown[:5]}. The labels are: {', '.join(labels)}; "
-            "--labels NAMES with --positive_label NAME says others."
+            "--labels NAMES with --positive_label NAME says others, and gives the numbers 0, 1, "
+            "2 ... names in their order."
         )
     positive = args.positive_label or POSITIVE_LABEL
     if positive not in labels:
-        fail(f"--positive_label: which of {', '.join(labels)} is bias to be measured for?")
+        fail(
+            f"the labels of {origin} are {', '.join(labels)}, and {positive!r} is none of them. "
+            "Say which of them bias is to be measured for, for example --positive_label "
+            f"{shlex.quote(labels[-1])}."
+        )
     counts = ", ".join(f"{sum(row['label'] == name for row in train)} {name}" for name in labels)
     print(f"labels: {counts} (positive: {positive})", flush=True)
     groups = sorted({group for row in train for group in row["target_groups"]})
