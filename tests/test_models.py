@@ -558,7 +558,12 @@ def test_a_file_of_each_form_is_trained_on_and_evaluated(
     base, out = base_of(files, "llama"), tmp_path / "out"
     argv = ["--train_file", str(tmp_path / "train.jsonl"), "--model_name_or_path", str(base)]
     train.main([*argv, "--output_dir", str(out), *RUN, "--max_length", "700"])
-    assert "labels: 12 normal, 12 hate (positive: hate)" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "labels: 12 normal, 12 hate (positive: hate)" in printed
+    # A rationale may quote the post.
+    ending = ": 'hate ... <|end|>'\n" if "{rationale}" in answer else "<|end|>'\n"
+    (line,) = [line for line in printed.splitlines(True) if line.startswith("trained on, in")]
+    assert line.endswith(ending)
     contract = read_json(out / "contract.json")
     assert contract["labels"] == ["normal", "hate"] and contract["positive_label"] == "hate"
     prompt = contract["prompt"]

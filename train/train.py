@@ -1523,7 +1523,11 @@ def encode_rows(
         splits.append(examples)
     if args.task == "causal":
         trained = [token for token in splits[0][0]["labels"] if token != -100]
-        print(f"trained on, in the first row: {tokenizer.decode(trained)!r}", flush=True)
+        shown = tokenizer.decode(trained)
+        if "{rationale}" in data.prompt["answer"] and not args.log_text:
+            # It may quote the post.
+            shown = f"{data.train[0]['label']} ... {tokenizer.decode(trained[-1:])}"
+        print(f"trained on, in the first row: {shown!r}", flush=True)
     return splits[0], splits[1]
 
 
