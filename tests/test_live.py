@@ -264,6 +264,37 @@ def test_answers_of_one_label_only_warn_loudly(train: ModuleType) -> None:
     watch.score = lambda _: [[1.0, 0.0]] * 3 + [[0.0, 1.0]]
     watch.evaluate(pytest.fail)
     assert len(said) == 1
+    # Where the posts have one label only, that answer is right.
+    watch.truth, watch.score = [0] * 4, lambda _: [[1.0, 0.0]] * 4
+    watch.evaluate(pytest.fail)
+    assert len(said) == 1
+
+
+def test_reweighting_posts_without_groups_says_what_it_balances(
+    train: ModuleType, capsys: pytest.CaptureFixture
+) -> None:
+    args = train.parse_args(REWEIGHTED)
+    rows = [{"label": label, "target_groups": []} for label in ("normal", "normal", "hate")]
+    data = train.Data(rows, [], ["normal", "hate"], "hate", [], None, None, {})
+    assert [cell["weight"] for cell in train.record_cells(args, data)] == [1.5, 0.75]
+    assert "has target_groups, so the labels alone are balanced" in capsys.readouterr().out
+    rows[0]["target_groups"] = ["lgbtq"]
+    train.record_cells(args, data)
+    assert "the labels alone" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("only", "unknown"), [("hate", "FPR"), ("normal", "F1, FNR")])
+def test_posts_of_one_label_are_named_at_the_start(
+    train: ModuleType, capsys: pytest.CaptureFixture, only: str, unknown: str
+) -> None:
+    rows = [{"label": only}] * 3
+    both = [*rows, {"label": "other"}]
+    for training, validation, lines in ((rows, rows, 2), (both, rows, 1), (both, [], 0)):
+        data = train.Data(training, validation, ["normal", "hate"], "hate", [], None, None, {})
+        train.warn_of_one_label(data)
+        said = capsys.readouterr().out
+        assert said.count("WARNING: all 3 ") == said.count("\n") == lines
+        assert (f"AUROC, balanced accuracy, macro F1, {unknown} cannot" in said) == (lines > 0)
 
 
 # --- samples ---------------------------------------------------------------------------------

@@ -491,6 +491,7 @@ def train(argv: list[str] | None, stop: Stop) -> None:
     data = read_data(args, earlier)
     calibration = hold_back(args, data, earlier)
     check_validation(args, data)
+    warn_of_one_label(data)
     base = open_base(args, earlier)
     config = read_base_config(base)
     device = check_device(count_parameters(config), args.allow_cpu, training_job(argv))
@@ -4079,6 +4080,27 @@ def check_validation(args: argparse.Namespace, data: Data) -> None:
         )
 
 
+def warn_of_one_label(data: Data) -> None:
+    """Say of posts that all have the same label what cannot come of them."""
+    if len({row["label"] for row in data.train}) == 1:
+        print(
+            f"WARNING: all {len(data.train)} training posts are labelled "
+            f"{data.train[0]['label']!r}: the model learns to give that answer to every post. Add "
+            f"posts of another label; the labels are: {', '.join(data.labels)}.",
+            flush=True,
+        )
+    if len({row["label"] for row in data.validation}) == 1:
+        only = data.validation[0]["label"]
+        unknown = ["AUROC", "balanced accuracy", "macro F1"]
+        unknown += ["FPR"] if only == data.positive_label else ["F1", "FNR"]
+        print(
+            f"WARNING: all {len(data.validation)} validation posts that an evaluation uses are "
+            f"labelled {only!r}, so {', '.join(unknown)} cannot be measured. Add posts of another "
+            "label.",
+            flush=True,
+        )
+
+
 @contextlib.contextmanager
 def kept_random_numbers() -> Iterator[None]:
     """Leave every generator as it was: what is looked at must not change what is trained."""
@@ -4142,7 +4164,8 @@ class Watch:
             scores, self.truth, self.members, self.labels, self.positive, self.seed
         )
         answered = self.newest["predicted"]
-        if sum(count > 0 for count in answered.values()) == 1:
+        # Posts of one label tell nothing of a model that gives one answer: warn_of_one_label.
+        if sum(count > 0 for count in answered.values()) == 1 and len(set(self.truth)) > 1:
             only = max(answered, key=answered.__getitem__)
             share_of = self.truth.count(self.labels.index(only)) / len(self.truth)
             self.say(
@@ -4698,6 +4721,8 @@ def record_cells(args: argparse.Namespace, data: Data) -> list[dict[str, Any]] |
     asked = (("reweight", args.reweight, "none"), ("sampler", args.sampler, "shuffle"))
     used = [f"--{name} {value}" for name, value, default in asked if value != default]
     print(f"{', '.join(used)}: {len(cells)} cells of groups and label", flush=True)
+    if not any(cell.groups for cell in cells):
+        print("No training post has target_groups, so the labels alone are balanced.", flush=True)
     record = []
     for cell, weight, draws in zip(cells, weights, drawn, strict=True):
         capped = " (the most)" if weight == MOST_WEIGHT else ""
