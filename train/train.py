@@ -4018,6 +4018,7 @@ def fits(trainer: Any, longest: list[dict[str, Any]], size: int) -> bool:
 
 # What an evaluation can choose the weights by. A gap between groups cannot: see check_selection.
 SELECTABLE = ("eval_loss", "f1", "roc_auc", "accuracy", "balanced_accuracy")
+SELECTABLE += ("f1_macro", "f1_weighted")
 NOT_FINITE = "not finite (NaN or infinite)"
 # What the samples ask about: mild, of nobody in particular, and no post of any data set.
 SAMPLE_POSTS = (
