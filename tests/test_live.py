@@ -222,6 +222,11 @@ def test_the_best_checkpoint_is_that_of_the_highest_f1(
         (["--metric_for_best_model", "fpr_gap"], "6 points on average"),
         (["--metric_for_best_model", "eval_lgbtq_false_positive_rate"], "by chance"),
         (["--metric_for_best_model", "f2"], "none of eval_loss, f1, roc_auc"),
+        (["--metric_for_best_model", "false_positive_rate"], "one kind of error alone"),
+        (
+            ["--metric_for_best_model", "eval_auroc", "--greater_is_better", "false"],
+            "would choose the lowest roc_auc",
+        ),
         (["--reweight", "group_label", "--packing", "true"], "packed row"),
         ([*CLASSIFY, *REWEIGHTED, "--class_weights", "balanced"], "leave one out"),
         ([*CLASSIFY, *BALANCED, "--class_weights", "balanced"], "twice"),
@@ -243,7 +248,7 @@ def test_a_figure_that_the_validation_posts_leave_undefined_chooses_nothing(
 ) -> None:
     normal = [row for row in rows_of(files / "validation.jsonl") if row["label"] == "normal"]
     tiny.write_jsonl(tmp_path / "normal.jsonl", normal)
-    for metric in ("f1", "roc_auc", "balanced_accuracy"):
+    for metric in ("f1", "roc_auc", "balanced_accuracy", "f1_macro"):
         argv = flags(files, "bert", tmp_path / "out", *CLASSIFY, "--metric_for_best_model", metric)
         argv += ["--validation_file", str(tmp_path / "normal.jsonl")]
         assert f"{metric} needs validation posts of" in refusal(train, capsys, argv, 2)

@@ -641,8 +641,10 @@ def test_a_classifier_of_three_labels_learns_them_from_its_rows(
     argv = ["--train_file", str(file), "--model_name_or_path", str(base)]
     argv += ["--output_dir", str(out), *RUN, *CLASSIFY]
     message = refusal(train.main, capsys, argv)
-    assert "--positive_label: which of hateful, neither, offensive" in message
-    train.main([*argv, "--positive_label", "hateful", "--class_weights", "balanced"])
+    assert "are hateful, neither, offensive, and 'hate' is none of them. Say which" in message
+    argv += ["--positive_label", "hateful", "--class_weights", "balanced"]
+    argv += ["--validation_file", str(file), "--save_steps", str(STEPS), "--logging_steps", "99"]
+    train.main(argv)
     contract = read_json(out / "contract.json")
     assert contract["labels"] == ["hateful", "neither", "offensive"]
     given = ["--adapter", str(out), "--model_name_or_path", str(base)]
@@ -655,6 +657,15 @@ def test_a_classifier_of_three_labels_learns_them_from_its_rows(
     assert hits / overall["n"] == pytest.approx(overall["accuracy"]["value"])
     weighted = sum((one["f1"]["value"] or 0) * one["n"] for one in overall["per_label"].values())
     assert weighted / overall["n"] == pytest.approx(overall["f1_weighted"]["value"])
+    # The trainer's own evaluation of the same posts, and the loss of a run that logs no step.
+    logged = read_json(out / "all_results.json")
+    for name in ("f1_macro", "f1_weighted"):
+        assert logged[f"eval_{name}"] == pytest.approx(overall[name]["value"])
+    for label, one in overall["per_label"].items():
+        assert logged[f"eval_f1_{label}"] == pytest.approx(one["f1"]["value"])
+    log = (out / "training.log").read_text(encoding="utf-8")
+    assert "macro F1 0." in log and "F1 of hateful 0." in log
+    assert logged["train_loss"] == losses(out)[-1] > 0
 
 
 def chat(*roles: str) -> dict[str, Any]:

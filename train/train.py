@@ -2331,6 +2331,10 @@ class Run:
         if self.uploader.error:  # Another start has taken over: no further step is paid for.
             self.uploader.settle(0.0, 0.0)
         self.check_finite()
+        unlogged = not any("loss" in entry for entry in state.log_history)
+        if unlogged and state.global_step >= state.max_steps:
+            # A run of fewer steps than --logging_steps shows its loss at the end.
+            control.should_log = self.trainer.args.logging_strategy != "no"
         if state.epoch == int(state.epoch) and self.epoch_ends_with_work:
             # Trainer has yet to evaluate and save this step; the next one can be stopped after.
             return
@@ -4048,11 +4052,21 @@ def check_selection(args: argparse.Namespace) -> None:
     """Refuse a --metric_for_best_model that no evaluation has, or that chance would decide."""
     name = args.metric_for_best_model
     plain = name.removeprefix("eval_")
-    if plain == "loss":
-        plain = "eval_loss"
+    plain = {"loss": "eval_loss", "auroc": "roc_auc"}.get(plain, plain)
+    greater = args.trainer_fields.get("greater_is_better")
     if plain in SELECTABLE:
         args.metric_for_best_model = plain
+        if plain != "eval_loss" and greater is False:
+            fail(f"--greater_is_better false would choose the lowest {plain}; leave it out.")
+        if plain == "eval_loss" and greater:
+            print("WARNING: --greater_is_better true keeps the weights of the highest loss")
         return
+    if plain in ("false_positive_rate", "false_negative_rate", "fpr", "fnr"):
+        fail(
+            f"--metric_for_best_model {name}: one kind of error alone is no ground to choose "
+            "weights by, since a model that gives every post the same label makes none of it. "
+            f"Choose by one of {', '.join(SELECTABLE)}."
+        )
     if re.search(r"gap|difference|false_(positive|negative)_rate|parity|odds", plain):
         fail(
             f"--metric_for_best_model {name}: a difference between groups is no ground to choose "
@@ -4072,7 +4086,11 @@ def check_validation(args: argparse.Namespace, data: Data) -> None:
         print(f"--metric_for_best_model {name} has no effect: no evaluation chooses the weights")
         return
     found = {row["label"] for row in data.validation}
-    needed = {"f1": {data.positive_label}, "balanced_accuracy": {*data.labels}}.get(name, set())
+    needed = {
+        "f1": {data.positive_label},
+        "balanced_accuracy": {*data.labels},
+        "f1_macro": {*data.labels},
+    }.get(name, set())
     if (name == "roc_auc" and len(found) < 2) or not needed <= found:
         wanted = ", ".join(sorted(needed)) or f"{data.positive_label} and of another label"
         fail(
@@ -4397,6 +4415,7 @@ def validation_figures(
     figures["roc_auc"], figures["average_precision"] = rank_posts(
         known == positive, chances[:, positive]
     )
+    of_labels = [float(count_figures(table, place)["f1"]) for place in range(size)]
     flagged = answers == positive
     kinds = {
         "false_positive_rate": (flagged, known != positive),
@@ -4424,6 +4443,11 @@ def validation_figures(
         "labels": {label: truth.count(number_) for number_, label in enumerate(labels)},
         "predicted": {label: int((answers == place).sum()) for place, label in enumerate(labels)},
         "figures": {name: value for name, value in figures.items() if math.isfinite(value)},
+        "f1": {
+            label: value
+            for label, value in zip(labels, of_labels, strict=True)
+            if math.isfinite(value)
+        },
         "groups": groups,
         "gaps": gaps,
     }
@@ -4431,9 +4455,11 @@ def validation_figures(
 
 def logged_figures(found: dict[str, Any]) -> dict[str, float]:
     """The figures of an evaluation by the names under which they are logged."""
-    names = ("f1", "roc_auc", "accuracy", "balanced_accuracy")
-    names += ("false_positive_rate", "false_negative_rate")
-    logged = {f"eval_{name}": found["figures"][name] for name in names if name in found["figures"]}
+    names = (*SELECTABLE, "false_positive_rate", "false_negative_rate")
+    logged = {}
+    if len(found["labels"]) > 2:
+        logged = {f"eval_f1_{label}": value for label, value in found["f1"].items()}
+    logged |= {f"eval_{name}": found["figures"][name] for name in names if name in found["figures"]}
     for group, rates in found["groups"].items():
         for rate, figure in rates.items():
             logged[f"eval_{group}_{rate}_n"] = figure["n"]
@@ -4449,9 +4475,13 @@ def logged_figures(found: dict[str, Any]) -> dict[str, float]:
 def describe_figures(found: dict[str, Any]) -> str:
     """An evaluation's figures in one line."""
     named = (("f1", "F1"), ("roc_auc", "AUROC"), ("balanced_accuracy", "balanced accuracy"))
+    if len(found["labels"]) > 2:
+        named += (("f1_macro", "macro F1"), ("f1_weighted", "weighted F1"))
     said = [
         f"{words} {found['figures'][name]:.4f}" for name, words in named if name in found["figures"]
     ]
+    if len(found["labels"]) > 2:
+        said.append(f"F1 of {', '.join(f'{name} {one:.4f}' for name, one in found['f1'].items())}")
     for rate, words in (("false_positive_rate", "FPR"), ("false_negative_rate", "FNR")):
         some = [
             f"{group} {100 * rates[rate]['value']:.0f} % of {rates[rate]['n']}"
