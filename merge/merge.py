@@ -1012,6 +1012,8 @@ def load_base(
 ) -> Any:
     """Load the base model for `causal` or `classify` (a new head with one output per label).
 
+    Its `drawn` names the weights that the checkpoint lacks: those of a classifier's head and
+    pooler, drawn at random here, and otherwise in every process. The adapter must bring them.
     MXFP4 (gpt-oss) and FP8 (Ministral) checkpoints are dequantised, because neither can be
     trained or merged as stored. Four bits of an FP8 checkpoint come from a copy in bfloat16.
     """
@@ -1068,6 +1070,7 @@ def load_base(
     ]
     if lost:
         fail(f"{base.name} lacks {len(lost)} of its weights, for example {sorted(lost)[0]}.")
+    model.drawn = sorted(report["missing_keys"])
     # What the checkpoint does not hold quantised keeps its own dtype otherwise.
     return model.to(dtype) if dequantised else model
 
@@ -1195,9 +1198,18 @@ def load_adapter(model: Any, adapter: Repo, base: Repo) -> Any:
     with hub_errors(f"load the adapter {adapter.name}"), warnings.catch_warnings():
         warnings.filterwarnings("error", message="Found missing adapter keys")
         try:
-            return peft.PeftModel.from_pretrained(model, folder).eval()
+            loaded = peft.PeftModel.from_pretrained(model, folder).eval()
         except (SafetensorError, UserWarning, RuntimeError, ValueError) as error:
             fail(f"the adapter {adapter.name} does not fit the base {base.name}: {error}")
+    whole = (name for name in loaded.state_dict() if ".modules_to_save." in name)
+    brought = {name.replace(".modules_to_save.default", "") for name in whole}
+    lacking = [name for name in model.drawn if f"base_model.model.{name}" not in brought]
+    if lacking:
+        fail(
+            f"neither the base {base.name} nor the adapter {adapter.name} holds {lacking[0]}: it "
+            "would be drawn at random, and the scores with it. Train the adapter anew."
+        )
+    return loaded
 
 
 def trained_scaffold(tokenizer: Any, contract: dict[str, Any]) -> Scaffold | None:

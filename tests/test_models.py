@@ -6,7 +6,9 @@ pytest tests/test_models.py
 from __future__ import annotations
 
 import argparse
+import csv
 import json
+import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -26,6 +28,7 @@ RUN = [
     *("--warmup_steps", "1", "--learning_rate", "1e-2", "--lora_r", "4", "--report_to", "none"),
     *("--early_stopping_patience", "0"),
 ]
+LABELS = ["normal", "hate"]
 CLASSIFY = ["--task", "classify"]
 EXPERTS = ["--lora_target_parameters", "mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 # Kind of base, whether it has a chat template, flags.
@@ -44,7 +47,7 @@ RUNS: dict[str, tuple[str, bool, list[str]]] = {
     "gpt-oss-experts": ("mxfp4", True, EXPERTS),
     "gpt-oss-4bit": ("gpt_oss", True, ["--load_in_4bit"]),
     "gpt2-classifier": ("gpt2", False, CLASSIFY),
-    "bert-classifier": ("bert", False, [*CLASSIFY, "--class_weights", "balanced"]),
+    "bert-classifier": ("bert_without_pooler", False, [*CLASSIFY, "--class_weights", "balanced"]),
     "roberta-classifier": ("roberta", True, CLASSIFY),
     "modernbert-classifier": ("modernbert", True, [*CLASSIFY, "--class_weights", "hate=2.5"]),
     "qwen3-classifier": ("qwen3", False, [*CLASSIFY, "--load_in_4bit"]),
@@ -135,12 +138,17 @@ def test_a_class_is_trained_resumed_evaluated_and_merged(
     evaluate: Callable,
     files: Path,
     tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture,
     name: str,
 ) -> None:
+    """A fresh load of base and adapter scores two posts as the trained model itself did."""
     kind, template, flags = RUNS[name]
     base, out = base_of(files, kind, template), tmp_path / "whole"
     argv = flags_of(files, base, out, *flags)
+    probed: list[list[float]] = []
+    probe = train.probe_scores
+    monkeypatch.setattr(train, "probe_scores", lambda *v: probed.append(probe(*v)) or probed[-1])
     train.main(argv)
     printed = capsys.readouterr().out
     assert "differ by 0.0e+00" in printed or "--load_in_4bit" in flags
@@ -158,9 +166,13 @@ def test_a_class_is_trained_resumed_evaluated_and_merged(
         assert [key for key in names if "classifier" in key or "score" in key]
 
     given = ["--adapter", str(out), "--model_name_or_path", str(base)]
-    evaluate([*given, "--test_file", str(files / "validation.jsonl")])
-    report = read_json(next((out / "eval").rglob("metrics.json")))
-    assert report["strategies"][0]["overall"]["n"] == 8
+    texts = [train.PROBE_POST, "The council met on Monday."]
+    posts = [{"text": text, "label": "normal"} for text in texts]
+    evaluate([*given, "--test_file", str(tiny.write_jsonl(tmp_path / "posts.jsonl", posts))])
+    with next((out / "eval").rglob("predictions.csv")).open(newline="") as file:
+        found = [float(row["p_hate"]) for row in csv.DictReader(file)]
+    trained = [1 / (1 + math.exp(no - yes)) for no, yes in (probed[0][:2], probed[0][2:])]
+    assert found == pytest.approx(trained, abs=1e-5)
 
     merged = tmp_path / "merged"
     load_script("merge/merge.py").main([*given, "--output_dir", str(merged), "--dtype", "float32"])
@@ -177,6 +189,55 @@ def test_a_class_is_trained_resumed_evaluated_and_merged(
         towers = [key for key in before if "vision" in key or "projector" in key]
         assert bool(towers) == (kind in ("gemma3", "mistral3", "fp8"))
         assert all(before[key].equal(after[key]) for key in towers)
+
+
+@pytest.mark.parametrize("kind", ["bert_without_pooler", "distilbert", "modernbert", "roberta"])
+def test_what_a_base_lacks_comes_with_the_adapter(
+    train: ModuleType,
+    files: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+    kind: str,
+) -> None:
+    """Each load of such a base draws another pooler, pre-classifier or head."""
+    import peft
+    import torch
+
+    evaluate = load_script("eval/eval.py")
+    repo = train.open_repo(str(base_of(files, kind)), "model")
+    args = train.parse_args(CLASSIFY)
+
+    def load() -> Any:
+        config = train.read_base_config(repo)
+        return train.load_base(repo, config, "classify", LABELS, torch.float32, "cpu").eval()
+
+    def logits(model: Any) -> Any:
+        return model(input_ids=torch.arange(3, 30)[None]).logits
+
+    def adapt(folder: Path) -> tuple[Any, Any]:
+        model = load()
+        model = peft.get_peft_model(model, train.lora_config(args, model, repo)).eval()
+        model.save_pretrained(folder)
+        return model, evaluate.Repo("adapter", "model", None, folder)
+
+    trained, adapter = adapt(tmp_path / "whole")
+    expected = logits(trained)
+    assert logits(evaluate.load_adapter(load(), adapter, repo)).equal(expected)
+    train.zero_trained(trained)
+    weights = peft.load_peft_weights(str(tmp_path / "whole"), device="cpu")
+    peft.set_peft_model_state_dict(trained, weights)
+    assert logits(trained).equal(expected)
+    if kind in ("bert_without_pooler", "modernbert"):
+        monkeypatch.setattr(train, "whole_modules", lambda *_: None)
+        trained, adapter = adapt(tmp_path / "part")
+        expected = logits(trained)
+        refused = refusal(lambda _: evaluate.load_adapter(load(), adapter, repo), capsys, [])
+        assert "neither the base" in refused and "drawn at random" in refused
+        train.zero_trained(trained)
+        weights = peft.load_peft_weights(str(tmp_path / "part"), device="cpu")
+        peft.set_peft_model_state_dict(trained, weights)
+        assert not logits(trained).allclose(expected, atol=1e-3)
 
 
 def test_a_quantised_checkpoint_is_loaded_whole_in_the_dtype_asked_for(

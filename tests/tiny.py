@@ -231,6 +231,11 @@ def build_model(kind: str, tokenizer: Any) -> Any:
             eos_token_id=tokenizer.eos_token_id,
         )
         return transformers.GPT2LMHeadModel(config)
+    if kind == "bert_without_pooler":
+        return transformers.BertModel(transformers.BertConfig(**sizes), add_pooling_layer=False)
+    if kind == "distilbert":
+        own = {"dim": 128, "hidden_dim": 256, "n_layers": 2, "n_heads": 4}
+        return transformers.DistilBertModel(transformers.DistilBertConfig(**sizes | own))
     if kind in ("bert", "roberta", "modernbert"):
         name = {"bert": "Bert", "roberta": "Roberta", "modernbert": "ModernBert"}[kind]
         # RoBERTa counts positions from behind the pad token's id.

@@ -1922,8 +1922,27 @@ def lora_config(args: argparse.Namespace, model: Any, base: Repo) -> Any:
         lora_dropout=args.lora_dropout,
         target_modules=targets,
         target_parameters=find_parameters(args, model),
+        modules_to_save=whole_modules(model, base) if args.task == "classify" else None,
         revision=base.revision,
     )
+
+
+def whole_modules(model: Any, base: Repo) -> list[str]:
+    """What a classifier's adapter brings whole besides `classifier` and `score`: all that is drawn.
+
+    PEFT takes a module whose name ends like theirs, such as pre_classifier, for one of them, but
+    puts LoRA into it, and fails, unless it is named.
+    """
+    heads = [name for name, _ in model.named_modules() if name.endswith(("classifier", "score"))]
+    inside = tuple(f"{head}." for head in heads)
+    names = [name for name in model.drawn if not name.startswith(inside)]
+    drawn = sorted({name.rpartition(".")[0] for name in names})
+    if quantised := [name for name in drawn if hasattr(model.get_submodule(name), "quant_state")]:
+        fail(
+            f"--load_in_4bit: {base.name} lacks {quantised[0]}, which is trained from the start, "
+            "and in four bits cannot be. Leave the flag out."
+        )
+    return [name for name in [*heads, *drawn] if name not in ("classifier", "score")]
 
 
 def language_tower(model: Any) -> str:
@@ -3012,8 +3031,11 @@ def reload_adapter(store: Store, trainer: Any) -> None:
 
 
 def zero_trained(model: Any) -> None:
-    for weight in model.parameters():
-        if weight.requires_grad:
+    """Set to zero what the adapter has to bring, the base's randomly drawn weights included."""
+    drawn = model.get_base_model().drawn
+    for name, weight in model.named_parameters():
+        plain = re.sub(r"^base_model\.model\.|\.(original_module|base_layer)\b", "", name)
+        if weight.requires_grad or plain in drawn:
             weight.data.zero_()
 
 
@@ -6813,6 +6835,8 @@ def load_base(
 ) -> Any:
     """Load the base model for `causal` or `classify` (a new head with one output per label).
 
+    Its `drawn` names the weights that the checkpoint lacks: those of a classifier's head and
+    pooler, drawn at random here, and otherwise in every process. The adapter must bring them.
     MXFP4 (gpt-oss) and FP8 (Ministral) checkpoints are dequantised, because neither can be
     trained or merged as stored. Four bits of an FP8 checkpoint come from a copy in bfloat16.
     """
@@ -6869,6 +6893,7 @@ def load_base(
     ]
     if lost:
         fail(f"{base.name} lacks {len(lost)} of its weights, for example {sorted(lost)[0]}.")
+    model.drawn = sorted(report["missing_keys"])
     # What the checkpoint does not hold quantised keeps its own dtype otherwise.
     return model.to(dtype) if dequantised else model
 
