@@ -35,7 +35,7 @@ dropout is drawn: losses could not be compared otherwise, and with LoRA dropout 
 shared (the rows `--share_prompt never`).
 
 Share of peak: 4 x parameters of the body x tokens that are computed (padding is not counted, a
-shared prompt once) + 4 x head x supervised tokens, over the rate of a bfloat16 matmul of 1024 x
+shared prompt once, of the last layer keys and values only) + 4 x head x supervised tokens, over the rate of a bfloat16 matmul of 1024 x
 1024 x 1024 that is measured after each step. Attention is left out.
 """
 
@@ -337,7 +337,8 @@ def bench_llama(name: str, options: argparse.Namespace, folder: Path) -> list[st
     save_llama(base, name, rows)
     sizes = SIZES[name]
     layer = 4 * sizes["hidden_size"] ** 2 + 3 * sizes["hidden_size"] * sizes["intermediate_size"]
-    body = sizes["num_hidden_layers"] * layer
+    # Keys and values of the last layer's tokens are computed, and next to nothing else of it.
+    body = (sizes["num_hidden_layers"] - 1) * layer + 2 * sizes["hidden_size"] ** 2
     lines = []
     for label, flags in (("", []), (" --share_prompt never", ["--share_prompt", "never"])):
         turns, seen = Turns(2), {}

@@ -508,7 +508,7 @@ def test_a_reweighted_loss_is_the_naive_one(
         (copied / "config.json").write_text(json.dumps(config))
         model = str(copied)
     if form == "all-logits":
-        monkeypatch.setattr(train, "choose_logits", lambda *_: None)
+        monkeypatch.setattr(train, "choose_logits", lambda *_: False)
     encoded: list[list[dict[str, Any]]] = []
     encode = train.encode_rows
     monkeypatch.setattr(train, "encode_rows", lambda *v: encoded.extend(encode(*v)) or encoded)
@@ -611,9 +611,13 @@ def test_a_line_of_progress_tells_speed_share_of_the_peak_and_money(
         gradient_accumulation_steps=3,
         device=torch.device("cpu"),
         bf16=True,
+        fp16=False,
     )
     trainer = SimpleNamespace(
-        args=settings, train_dataset={"input_ids": [[1] * 10, [1] * 20]}, _total_train_tokens=5
+        args=settings,
+        train_dataset={"input_ids": [[1] * 10, [1] * 20]},
+        _total_train_tokens=5,
+        speed=train.Speed(),
     )
     job = SimpleNamespace(dollars_per_hour=2.5, dollars=lambda: 1.25)
     meter = train.Meter(trainer, config, "bfloat16", job, 0.5)
@@ -625,6 +629,15 @@ def test_a_line_of_progress_tells_speed_share_of_the_peak_and_money(
     assert tokens == "200 tokens/s" and money == "1.75 $ so far"
     part = 100 * 4 * train.body_parameters(config) * 200 / 1e6
     assert share == f"{part:.1f} % of the 1e-06 TFLOP/s of a test"
+    # What is computed once or not at all is no work: 8 prompt tokens, the last layer's MLP.
+    trainer.speed = train.Speed(prompt_tokens=8, last_layer="labelled")
+    trainer.last_parts = [torch.nn.Linear(8, 3 * 16, bias=False)]
+    meter = train.Meter(trainer, config, "bfloat16", job, 0.5)
+    meter.began(4)
+    clock[0] += 10
+    trainer._total_train_tokens = 4005
+    part = 100 * 4 * (train.body_parameters(config) - 3 * 8 * 16) * (200 - 5 * 8) / 1e6
+    assert meter.read(14)[1] == f"{part:.1f} % of the 1e-06 TFLOP/s of a test"
     del trainer._total_train_tokens
     meter.began(14)
     clock[0] += 10

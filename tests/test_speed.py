@@ -405,8 +405,8 @@ def test_the_faster_attention_with_the_same_loss_is_taken(
     monkeypatch.setattr(train, "MEASURED_FROM", 0)
     trying = train.try_step
 
-    def seconds(trainer: Any, rows: list[dict[str, Any]]) -> float:
-        trying(trainer, rows)
+    def seconds(trainer: Any, parts: list[list[dict[str, Any]]]) -> float:
+        trying(trainer, parts)
         return 1.0 if trainer.model.config._attn_implementation == faster else 2.0
 
     monkeypatch.setattr(train, "try_step", seconds)
@@ -450,6 +450,55 @@ def test_another_loss_than_the_models_own_falls_back(
     assert "speed: not logits at supervised tokens only: the loss" in capsys.readouterr().out
     assert not chosen(tmp_path / "out")["labelled_only"]
     assert chosen(tmp_path / "out")["sort"]
+
+
+def test_one_process_measures_without_the_others(
+    train: ModuleType, files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """TRL's loss gathers over all processes, of which the others wait for what is chosen."""
+    import accelerate
+
+    measure, gather = train.measure_speed, accelerate.Accelerator.gather_for_metrics
+    tried: list[int] = []
+
+    def alone(args: Any, trainer: Any) -> None:
+        def wait(*_: Any) -> None:
+            raise AssertionError("a process that measures waits for the others")
+
+        monkeypatch.setattr(accelerate.Accelerator, "gather_for_metrics", wait)
+        measure(args, trainer)
+        tried.append(trainer.speed.micro_batch)
+        monkeypatch.setattr(accelerate.Accelerator, "gather_for_metrics", gather)
+
+    monkeypatch.setattr(train, "measure_speed", alone)
+    flags = ["--auto_batch", "--label_smoothing_factor", "0.1", "--max_steps", "1"]
+    run(train, files, tmp_path / "out", *flags)
+    assert tried == [6] and not chosen(tmp_path / "out")["labelled_only"]
+
+
+def test_what_a_micro_batch_costs_is_measured_in_tokens(
+    train: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+
+    rows = [{"input_ids": [0] * length} for length in (10, 40, 50)]
+    trainer = SimpleNamespace(speed=train.Speed(micro_batch=8), longest=50)
+
+    def seconds(_: Any, parts: list[list[dict[str, Any]]]) -> float:
+        return 0.25 + 1e-3 * sum(len(row["input_ids"]) for part in parts for row in part)
+
+    monkeypatch.setattr(train, "try_step", seconds)
+    assert train.measure_cost(trainer, rows, [2, 1, 0]) == 250
+    # Two passes of 20 rows cost more than the padding of one.
+    lengths = [50] * 10 + [40] * 10
+    assert len(train.split_by_length(lengths, 1000, 0, 250)) == 1
+    assert len(train.split_by_length(lengths, 1000, 0, 64)) == 2
+
+    def ended(*_: Any) -> float:
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(train, "try_step", ended)
+    assert train.measure_cost(trainer, rows, [2, 1, 0]) == train.MICRO_BATCH_COST
 
 
 def test_a_part_that_makes_keys_is_not_left_out(

@@ -195,7 +195,7 @@ RESUME_RULES = {
             *("max_grad_norm", "lr_scheduler_type", "seed", "early_stopping_patience"),
             *("early_stopping_threshold", "calibration_fraction", "save_steps"),
             *("metric_for_best_model", "reweight", "sampler"),
-            *("attn_implementation", "auto_batch", "share_prompt", "fsdp"),
+            *("attn_implementation", "share_prompt", "fsdp"),
             *("lora_target_parameters", "class_weights", "labels", "positive_label"),
         ),
         EQUAL,
@@ -207,6 +207,7 @@ RESUME_RULES = {
             *("num_train_epochs", "max_steps", "per_device_eval_batch_size", "logging_steps"),
             "world_size",  # the same rows in each step, shared otherwise
             "activation_checkpointing",  # the same numbers in less memory
+            "auto_batch",  # the same rows in each step, rounded otherwise where it halves
         ),
         FREE,
     ),
@@ -2323,9 +2324,8 @@ class Run:
                 fail(
                     f"out of memory in step {step + 1}, with micro-batches of "
                     f"{trainer.speed.micro_batch} rows: {str(error).splitlines()[0]} The newest "
-                    "checkpoint stands. A new run with --activation_checkpointing true, with "
-                    "--auto_batch, or with a smaller --per_device_train_batch_size and more "
-                    "--gradient_accumulation_steps needs less.",
+                    "checkpoint stands: the same command with --auto_batch, or with "
+                    "--activation_checkpointing true, goes on from it in less memory.",
                     code=1,
                 )
             # torch's writer names no reason when the disk ends in the middle of a file.
@@ -3135,7 +3135,8 @@ errors, and not the same ones for every group; it is not for unattended removal 
 
 # --- speed -----------------------------------------------------------------------------------
 
-# What a micro-batch costs beside its tokens, in tokens (Llamas of 20M and 100M on two cores).
+# What a micro-batch costs beside its tokens, in tokens (Llamas of 20M and 100M on two cores). On a
+# GPU, where the launch of the kernels alone takes the time of many more, it is measured.
 MICRO_BATCH_COST = 64
 # Below this many parameters a step is mostly overhead, and measuring would choose by noise.
 MEASURED_FROM = 5_000_000
@@ -3166,6 +3167,7 @@ class Speed:
 
     sort: bool = False  # each step's rows by length, in micro-batches with little padding
     micro_batch: int = 0  # rows of the longest length that one micro-batch may hold
+    micro_batch_cost: int = MICRO_BATCH_COST  # beside its tokens, in tokens
     labelled_only: bool = False  # logits at supervised positions only
     last_layer: str | None = None  # its tokens that are read: labelled, or a row's first or last
     prompt_tokens: int = 0  # the common beginning of all rows, computed once a step
@@ -3189,10 +3191,12 @@ class Step:
     batches: list[dict[str, Any]]
 
 
-def split_by_length(lengths: list[int], most_tokens: int, shared: int = 0) -> list[list[int]]:
+def split_by_length(
+    lengths: list[int], most_tokens: int, shared: int = 0, cost_of_one: int = MICRO_BATCH_COST
+) -> list[list[int]]:
     """Indices of rows, the longest first, in micro-batches that together cost least.
 
-    A micro-batch costs its rows times its longest length, and MICRO_BATCH_COST. With `shared`
+    A micro-batch costs its rows times its longest length, and `cost_of_one`. With `shared`
     tokens before each row it holds at most `most_tokens`, or one row.
     """
     order = sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
@@ -3203,7 +3207,7 @@ def split_by_length(lengths: list[int], most_tokens: int, shared: int = 0) -> li
             count, longest = end - start, lengths[order[start]]
             if count > 1 and count * (longest + shared) > most_tokens:
                 break
-            cost = costs[start] + count * longest + MICRO_BATCH_COST
+            cost = costs[start] + count * longest + cost_of_one
             if cost < least:
                 least, begin = cost, start
         costs.append(least)
@@ -3265,8 +3269,14 @@ class FastSteps:
         if self.args.world_size > 1:
             parts = split_evenly(lengths, most)
         else:
-            parts = split_by_length(lengths, most * self.longest, shared)
-        return Step(rows, [self.collate([rows[index] for index in part]) for part in parts])
+            cost = self.speed.micro_batch_cost
+            parts = split_by_length(lengths, most * self.longest, shared, cost)
+        return self.put_together([[rows[index] for index in part] for part in parts])
+
+    def put_together(self, parts: list[list[dict[str, Any]]]) -> Step:
+        """A step of these micro-batches."""
+        rows = [row for part in parts for row in part]
+        return Step(rows, [self.collate(part) for part in parts])
 
     def collate(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
         if self.speed.prompt_tokens:
@@ -3731,7 +3741,8 @@ def set_checkpointing(trainer: Any, on: bool) -> None:
 def measure_speed(args: argparse.Namespace, trainer: Any) -> None:
     """Choose what makes a step cheap and leaves its loss as it is, by trying it on a first batch.
 
-    No random number is consumed, and no weight or gradient is left changed.
+    No random number is consumed, and no weight or gradient is left changed. Of several processes
+    one does it alone.
     """
     import torch
 
@@ -3752,64 +3763,107 @@ def measure_speed(args: argparse.Namespace, trainer: Any) -> None:
     num_rows = speed.micro_batch * settings.gradient_accumulation_steps
     by_length = sorted(range(len(rows)), key=lambda index: (-lengths[index], index))
     cuda = [settings.device] if settings.device.type == "cuda" else []
-    with torch.random.fork_rng(cuda):
+    with torch.random.fork_rng(cuda), counting_alone(trainer):
         batch = [rows[index] for index in range(min(num_rows, len(rows)))]
-        if args.task == "causal":
-            choose_logits(args, trainer, batch)
-        elif not settings.activation_checkpointing:
-            choose_read_token(trainer, batch)
+        if args.task == "classify":
+            if not settings.activation_checkpointing:
+                choose_read_token(trainer, batch)
+        elif choose_logits(trainer, batch):
+            if cuda:
+                speed.micro_batch_cost = measure_cost(trainer, rows, by_length)
+            choose_rows(args, trainer, batch)
         if args.attn_implementation == "auto" and not cuda:
             choose_attention(trainer, batch)
         if cuda or args.auto_batch:
             longest = [rows[index] for index in by_length[:num_rows]]
             explicit = "activation_checkpointing" in args.trainer_fields
             choose_memory(trainer, longest, args.auto_batch, bool(cuda) and not explicit)
+        if cuda and not speed.labelled_only:
+            speed.micro_batch_cost = measure_cost(trainer, rows, by_length)
+    release_memory(trainer)
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()
+
+
+@contextlib.contextmanager
+def counting_alone(trainer: Any) -> Iterator[None]:
+    """TRL's loss gathers its counts over all processes, of which the others wait elsewhere."""
+    trainer.accelerator.gather_for_metrics = lambda values, *_: values
+    try:
+        yield
+    finally:
+        del trainer.accelerator.gather_for_metrics
+
+
+def release_memory(trainer: Any) -> None:
+    """Drop what a tried step has left, so that the next one finds the memory as it was."""
+    import gc
+
+    import torch
+
+    trainer.cache = trainer.counts = None
     trainer.model.zero_grad()
-    trainer.counts = None
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
-def choose_logits(args: argparse.Namespace, trainer: Any, batch: list[dict[str, Any]]) -> None:
-    """Logits at supervised tokens, a prompt computed once, rows without padding: where exact.
+def measure_cost(trainer: Any, rows: Any, by_length: list[int]) -> int:
+    """What a micro-batch costs beside its tokens, in tokens: by timing a small and a full one.
 
-    Each is compared with the model's own loss of a padded batch with all logits.
+    MICRO_BATCH_COST where the full one does not fit in memory.
+    """
+    import torch
+
+    size = min(trainer.speed.micro_batch, len(by_length))
+    small, full = [rows[by_length[-1]]], [rows[by_length[len(by_length) // 2]]] * size
+    parts = [small, full]
+    seconds: list[list[float]] = [[], []]
+    try:
+        for _ in range(4):
+            for part, found in zip(parts, seconds, strict=True):
+                found.append(try_step(trainer, [part]))
+    except torch.OutOfMemoryError:
+        return MICRO_BATCH_COST
+    tokens = [len(part) * len(part[0]["input_ids"]) for part in parts]
+    # The first pass of each warms up.
+    short, long = (sorted(found[1:])[1] for found in seconds)
+    most = trainer.speed.micro_batch * trainer.longest
+    if long <= short or tokens[1] <= tokens[0]:
+        return most
+    per_token = (long - short) / (tokens[1] - tokens[0])
+    return min(most, max(0, round(short / per_token - tokens[0])))
+
+
+def choose_logits(trainer: Any, batch: list[dict[str, Any]]) -> bool:
+    """Logits at supervised tokens, and of the last layer only these: where that is exact.
+
+    False: TRL's own loss stays.
     """
     speed, settings = trainer.speed, trainer.args
     if settings.label_smoothing_factor or settings.loss_type != "nll" or trainer.aux_loss_enabled:
-        return
-    batch = sorted(batch, key=lambda row: len(row["input_ids"]))[:: max(1, len(batch) // 4)][:4]
-    expected = own_loss(trainer, batch)
-
-    def is_exact(what: str) -> bool:
-        try:
-            found = first_loss(trainer, batch)
-        except Exception as error:  # Whatever a model's code does not expect.
-            reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        else:
-            if is_same_loss(trainer, found, expected):
-                return True
-            reason = f"the loss of a first batch is {found:.6f} and the model's {expected:.6f}"
-        print(f"speed: not {what}: {reason}", flush=True)
         return False
-
-    scores = (
-        most_supervised(trainer)
-        * speed.micro_batch
-        * trainer.model.config.get_text_config().vocab_size
-    )
-    if 12 * scores > MOST_SCORES:
+    vocabulary = trainer.model.config.get_text_config().vocab_size
+    if 12 * most_supervised(trainer) * speed.micro_batch * vocabulary > MOST_SCORES:
         print("speed: the answers are long, so TRL's loss computes their logits", flush=True)
-        return
+        return False
     speed.labelled_only = True
-    if not is_exact("logits at supervised tokens only"):
+    if not is_exact(trainer, batch, "logits at supervised tokens only"):
         speed.labelled_only = False
-        return
+        return False
     if trainer.last_parts and not settings.activation_checkpointing:
         speed.last_layer = "labelled"
-        if not is_exact("of the last layer the supervised tokens only"):
+        if not is_exact(trainer, batch, "of the last layer the supervised tokens only"):
             speed.last_layer = None
+    return True
+
+
+def choose_rows(args: argparse.Namespace, trainer: Any, batch: list[dict[str, Any]]) -> None:
+    """A prompt computed once, or rows without padding: where it pays and is exact."""
+    speed, settings = trainer.speed, trainer.args
     shared = shared_prompt(trainer) if args.share_prompt != "never" else 0
-    saved = shared * (len(batch) - 1)
-    if saved > 2 * MICRO_BATCH_COST and not settings.activation_checkpointing and WORLD_SIZE == 1:
+    pays = shared * (len(batch) - 1) > 2 * speed.micro_batch_cost
+    if pays and not settings.activation_checkpointing and WORLD_SIZE == 1:
         if args.share_prompt == "auto" and has_dropout(trainer.model):
             print(
                 f"speed: {shared} tokens are the same in every row. --lora_dropout 0 or "
@@ -3818,13 +3872,34 @@ def choose_logits(args: argparse.Namespace, trainer: Any, batch: list[dict[str, 
             )
         else:
             speed.prompt_tokens, trainer.prompt = shared, tuple(batch[0]["input_ids"][:shared])
-            if not is_exact(f"the {shared} common tokens of the prompt once a step"):
+            if not is_exact(
+                trainer, batch, f"the {shared} common tokens of the prompt once a step"
+            ):
                 speed.prompt_tokens = 0
     attention = trainer.model.config._attn_implementation
     if not speed.prompt_tokens and "seq_lengths" not in batch[0] and is_varlen(attention):
         speed.packed = True
-        if not is_exact("rows without padding"):
+        if not is_exact(trainer, batch, "rows without padding"):
             speed.packed = False
+
+
+def is_exact(trainer: Any, batch: list[dict[str, Any]], what: str) -> bool:
+    """Whether `trainer.speed` gives the model's own loss of a padded batch with all logits.
+
+    `what` is said where it does not. Four rows of all lengths are tried.
+    """
+    batch = sorted(batch, key=lambda row: len(row["input_ids"]))[:: max(1, len(batch) // 4)][:4]
+    expected = own_loss(trainer, batch)
+    try:
+        found = first_loss(trainer, batch)
+    except Exception as error:  # Whatever a model's code does not expect.
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+    else:
+        if is_same_loss(trainer, found, expected):
+            return True
+        reason = f"the loss of a first batch is {found:.6f} and the model's {expected:.6f}"
+    print(f"speed: not {what}: {reason}", flush=True)
+    return False
 
 
 def choose_read_token(trainer: Any, batch: list[dict[str, Any]]) -> None:
@@ -3929,8 +4004,8 @@ def first_loss(trainer: Any, rows: list[dict[str, Any]]) -> float:
     return (loss / counts[2]).item()
 
 
-def try_step(trainer: Any, rows: list[dict[str, Any]]) -> float:
-    """Compute a step's gradients without using them; return the seconds it took.
+def try_step(trainer: Any, parts: list[list[dict[str, Any]]]) -> float:
+    """Compute the gradients of micro-batches without using them; return the seconds it took.
 
     On a CPU the CPU's own: other processes disturb them less.
     """
@@ -3938,7 +4013,7 @@ def try_step(trainer: Any, rows: list[dict[str, Any]]) -> float:
 
     on_gpu = trainer.args.device.type == "cuda"
     clock = time.perf_counter if on_gpu else time.process_time
-    step = trainer.build_step(rows)
+    step = trainer.put_together(parts)
     count = torch.tensor(max(1, sum(map(trainer.count_targets, step.batches))))
     began = clock()
     with trainer.accelerator.autocast():
@@ -3975,7 +4050,7 @@ def choose_attention(trainer: Any, batch: list[dict[str, Any]]) -> None:
             if turn == 0:
                 loss = first_loss if speed.labelled_only else own_loss
                 losses[name] = loss(trainer, batch)
-            seconds[name].append(try_step(trainer, batch))
+            seconds[name].append(try_step(trainer, [batch]))
     # The first turn warms up; the least of the others is the one that others disturbed least.
     ratio = min(seconds["sdpa"][1:]) / min(seconds["eager"][1:])
     same = is_same_loss(trainer, losses["eager"], losses["sdpa"])
@@ -3988,12 +4063,12 @@ def choose_attention(trainer: Any, batch: list[dict[str, Any]]) -> None:
 def choose_memory(
     trainer: Any, longest: list[dict[str, Any]], auto_batch: bool, checkpointing: bool
 ) -> None:
-    """By trying the longest rows: no activation checkpointing where they fit without it, and with
-    --auto_batch the largest micro-batch that fits.
+    """By trying the longest row: no activation checkpointing where as many of it fit without it,
+    and with --auto_batch the largest micro-batch that fits.
     """
     speed = trainer.speed
     size = min(speed.micro_batch, len(longest))
-    if checkpointing and not fits(trainer, longest, size):
+    if checkpointing and not fits(trainer, longest[0], size):
         # The prompt's keys and values are not kept where activations are not, and what the last
         # layer leaves out would be computed the second time.
         speed.activation_checkpointing, speed.prompt_tokens, speed.last_layer = True, 0, None
@@ -4001,40 +4076,38 @@ def choose_memory(
         print(f"speed: {size} of the longest rows need activation checkpointing", flush=True)
     if not auto_batch:
         return
-    while size > 1 and not fits(trainer, longest, size):
+    while size > 1 and not fits(trainer, longest[0], size):
         size //= 2
-    while size < len(longest) and fits(trainer, longest, min(2 * size, len(longest))):
+    while size < len(longest) and fits(trainer, longest[0], min(2 * size, len(longest))):
         size = min(2 * size, len(longest))
     speed.micro_batch = size
     print(f"--auto_batch: micro-batches of up to {size} of the longest rows", flush=True)
 
 
-def fits(trainer: Any, longest: list[dict[str, Any]], size: int) -> bool:
-    """Whether a micro-batch of `size` of the longest rows fits, with a tenth to spare."""
+def fits(trainer: Any, row: dict[str, Any], size: int) -> bool:
+    """Whether one micro-batch of a row `size` times fits, with a tenth to spare."""
     import resource
 
     import torch
 
-    speed, before = trainer.speed, trainer.speed.micro_batch
-    speed.micro_batch = size
-    on_gpu = trainer.args.device.type == "cuda"
-    if on_gpu:
+    device = trainer.args.device
+    release_memory(trainer)
+    if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
+    # It never falls: of less than the process has already had, no growth is seen.
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    free, ended = available_memory(), False
     try:
-        try_step(trainer, longest[:size])
+        try_step(trainer, [[row] * size])
     except torch.OutOfMemoryError:
-        trainer.cache = trainer.counts = None
-        trainer.model.zero_grad()
-        if on_gpu:
-            torch.cuda.empty_cache()
+        # Its traceback holds the step's tensors: they are released below, without it.
+        ended = True
+    most = torch.cuda.max_memory_reserved() if device.type == "cuda" else 0
+    release_memory(trainer)
+    if ended:
         return False
-    finally:
-        speed.micro_batch = before
-    if on_gpu:
-        total = torch.cuda.get_device_properties(trainer.args.device).total_memory
-        return torch.cuda.max_memory_reserved() <= 0.9 * total
+    if device.type == "cuda":
+        return most <= 0.9 * torch.cuda.get_device_properties(device).total_memory
     # A CPU has no such error, only a process that is killed: the next doubling must fit too.
     grown = 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak)
     return 2 * grown <= 0.9 * free
@@ -4525,7 +4598,9 @@ class Meter:
     def __init__(self, trainer: Any, config: Any, precision: str, job: Job, spent: float) -> None:
         self.trainer, self.job, self.spent = trainer, job, spent
         self.precision = "bfloat16" if trainer.args.bf16 else precision
-        self.flops = 4 * body_parameters(config)
+        if trainer.args.fp16:
+            self.precision = "float16"
+        self.flops = 4 * (body_parameters(config) - unread_parameters(trainer, config))
         rows = trainer.train_dataset["input_ids"]
         self.tokens_per_row = sum(map(len, rows)) / len(rows)
         settings = trainer.args
@@ -4551,9 +4626,11 @@ class Meter:
         if seconds > 0 and step > self.step:
             self.peak = self.peak or machine_peak(self.trainer.args.device, self.precision)
             peak, origin = self.peak
-            rate = tokens / seconds
-            used = self.flops * rate / (peak * WORLD_SIZE)
-            said += [f"{rate:.0f} tokens/s", f"{100 * used:.1f} % of {origin}"]
+            # The prompt that rows have in common is computed once a step.
+            shared = self.trainer.speed.prompt_tokens * (self.rows_per_step - 1)
+            computed = tokens - (step - self.step) * shared
+            used = self.flops * computed / seconds / (peak * WORLD_SIZE)
+            said += [f"{tokens / seconds:.0f} tokens/s", f"{100 * used:.1f} % of {origin}"]
         if self.trainer.args.device.type == "cuda":
             total = torch.cuda.get_device_properties(self.trainer.args.device).total_memory
             most = torch.cuda.max_memory_allocated(self.trainer.args.device)
@@ -4572,9 +4649,6 @@ def body_parameters(config: Any) -> int:
     import torch
     from transformers import AutoModel
 
-    text = config.get_text_config()
-    experts = getattr(text, "num_local_experts", None) or getattr(text, "num_experts", None)
-    taken = getattr(text, "num_experts_per_tok", None)
     with torch.device("meta"):
         model = AutoModel.from_config(config)
     looked_up = {
@@ -4583,12 +4657,35 @@ def body_parameters(config: Any) -> int:
         if isinstance(module, torch.nn.Embedding)
         for weight in module.parameters()
     }
-    total = 0.0
-    for name, weight in model.named_parameters():
-        if id(weight) not in looked_up and "vision" not in name:
-            routed = bool(experts and taken) and ".experts." in name
-            total += weight.numel() * (taken / experts if routed else 1)
-    return round(total)
+    return sum(
+        met_by_a_token(name, weight.numel(), config)
+        for name, weight in model.named_parameters()
+        if id(weight) not in looked_up and "vision" not in name
+    )
+
+
+def unread_parameters(trainer: Any, config: Any) -> int:
+    """Those of the weights of body_parameters that only the few tokens meet which are read."""
+    import torch
+
+    if not trainer.speed.last_layer:
+        return 0
+    # Two weights in four bits are stored as one number.
+    return sum(
+        met_by_a_token(name, weight.numel() * (1 + (weight.dtype == torch.uint8)), config)
+        for part in trainer.last_parts
+        for name, weight in part.named_parameters()
+        if "lora_" not in name
+    )
+
+
+def met_by_a_token(name: str, count: int, config: Any) -> int:
+    """How many of a matrix's `count` weights a token meets: of experts those it is sent to."""
+    text = config.get_text_config()
+    experts = getattr(text, "num_local_experts", None) or getattr(text, "num_experts", None)
+    taken = getattr(text, "num_experts_per_tok", None)
+    routed = bool(experts and taken) and "experts." in name
+    return round(count * taken / experts) if routed else count
 
 
 def machine_peak(device: Any, precision: str) -> tuple[float, str]:
