@@ -35,8 +35,9 @@ dropout is drawn: losses could not be compared otherwise, and with LoRA dropout 
 shared (the rows `--share_prompt never`).
 
 Share of peak: 4 x parameters of the body x tokens that are computed (padding is not counted, a
-shared prompt once, of the last layer keys and values only) + 4 x head x supervised tokens, over the rate of a bfloat16 matmul of 1024 x
-1024 x 1024 that is measured after each step. Attention is left out.
+shared prompt once, of the last layer keys and values only) + 4 x head x supervised tokens, over the
+rate of a bfloat16 matmul of 1024 x 1024 x 1024 that is measured after each step. Attention is left
+out.
 """
 
 from __future__ import annotations
