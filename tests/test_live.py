@@ -230,6 +230,10 @@ def test_the_best_checkpoint_is_that_of_the_highest_f1(
         (["--reweight", "group_label", "--packing", "true"], "packed row"),
         ([*CLASSIFY, *REWEIGHTED, "--class_weights", "balanced"], "leave one out"),
         ([*CLASSIFY, *BALANCED, "--class_weights", "balanced"], "twice"),
+        (
+            [*CLASSIFY, "--class_weights", "hate=2", "--label_smoothing_factor", "0.1"],
+            "leave --label_smoothing_factor out",
+        ),
         ([*REWEIGHTED, *BALANCED], "twice"),
         (["--sampler", "group_balanced", "--train_sampling_strategy", "group_by_length"], "order"),
         (["--reweight", "group_label", "--loss_type", "dft"], "--loss_type"),

@@ -6,6 +6,7 @@ pytest tests/test_models.py
 from __future__ import annotations
 
 import argparse
+import contextlib
 import csv
 import json
 import math
@@ -290,12 +291,51 @@ def test_flags_that_contradict_the_model_are_refused(
     assert "It has: mlp.experts.down_proj, mlp.experts.gate_up_proj" in message
     assert "no such tensor of experts" in says("llama", *EXPERTS)
     assert "--task classify" in says("llama", "--class_weights", "balanced")
+    assert all("is an encoder" in says(kind) for kind in ("bert", "roberta", "modernbert"))
     message = says("mistral3", *CLASSIFY)
     assert "cannot be loaded for the task classify" in message and len(message) < 600
     message = says("mistral3", "--lora_target_modules", "patch_conv")
     assert "no such modules" in message
     assert "no linear layer" not in says("gpt_oss", "--router_aux_loss_coef", "nan?")
     assert not (tmp_path / "out" / "adapter_model.safetensors").exists()
+
+
+def test_a_base_whose_tokens_see_the_answer_learns_none(
+    train: ModuleType, capsys: pytest.CaptureFixture
+) -> None:
+    import transformers
+
+    base = train.Repo("some/base", "model", None, None)
+
+    def checked(check: Callable[[], None]) -> bool:
+        try:
+            check()
+        except SystemExit:
+            assert "Say --task classify" in capsys.readouterr().err
+            return False
+        return True
+
+    def passes(name: str, **fields: Any) -> bool:
+        config = getattr(transformers, f"{name}Config")(**fields)
+        return checked(lambda: train.check_encoder(argparse.Namespace(task="causal"), base, config))
+
+    assert not passes("Bert") and not passes("XLMRoberta") and not passes("DebertaV2")
+    assert not passes("Gemma3Text", use_bidirectional_attention=True)
+    assert passes("Bert", is_decoder=True) and passes("Bart") and passes("GptOss")
+    assert passes("Gemma3") and passes("Gemma3Text") and passes("Mistral3") and passes("XLNet")
+
+    def runs(model: Any) -> bool:
+        state = {"is_deepspeed_enabled": False, "is_fsdp_enabled": False}
+        nothing = argparse.Namespace(autocast=contextlib.nullcontext)
+        trainer = argparse.Namespace(model=model, accelerator=nothing, **state)
+        return checked(lambda: train.check_causality(trainer, base))
+
+    sizes = {"vocab_size": 40, "d_model": 32, "n_layer": 2, "n_head": 4, "d_inner": 32}
+    xlnet = transformers.XLNetConfig(**sizes, initializer_range=0.3)
+    assert not runs(transformers.XLNetLMHeadModel(xlnet))
+    sizes = {"vocab_size": 40, "n_embd": 32, "n_layer": 2, "n_head": 4}
+    gpt2 = transformers.GPT2Config(**sizes, initializer_range=0.3)
+    assert runs(transformers.GPT2LMHeadModel(gpt2))
 
 
 @pytest.mark.parametrize(("kind", "most"), [("bert", 512), ("roberta", 513), ("gpt2", 512)])

@@ -495,6 +495,7 @@ def train(argv: list[str] | None, stop: Stop) -> None:
     warn_of_one_label(data)
     base = open_base(args, earlier)
     config = read_base_config(base)
+    check_encoder(args, base, config)
     device = check_device(count_parameters(config), args.allow_cpu, training_job(argv))
     check_positions(args, base, config)
     precision = choose_precision(args, device, earlier)
@@ -536,6 +537,7 @@ def train(argv: list[str] | None, stop: Stop) -> None:
     warn_of_warmup(settings, len(rows[0]))
     if args.task == "causal":
         check_kept_labels(trainer, rows[0])
+        check_causality(trainer, base)
     phases.enter("measure")
     choose_speed(args, trainer, contract, checkpoint is not None)
     balance_rows(args, trainer, data.train)
@@ -622,6 +624,8 @@ def check_model_arguments(args: argparse.Namespace) -> None:
     """Refuse flags of the model that contradict each other."""
     if args.class_weights != "none" and args.task != "classify":
         fail("--class_weights is of --task classify: a language model is trained on answers.")
+    if args.class_weights != "none" and args.trainer_fields.get("label_smoothing_factor"):
+        fail("--class_weights weighs the plain cross-entropy: leave --label_smoothing_factor out.")
     if not args.lora_target_parameters or not args.lora_dropout:
         return
     if args.lora_dropout != LORA_DROPOUT:
@@ -1656,6 +1660,51 @@ def open_base(args: argparse.Namespace, earlier: dict[str, Any] | None) -> Repo:
     if earlier:
         revision = earlier["base_model"]["revision"]
     return open_repo(f"{name}@{revision}" if revision else name, "model")
+
+
+def check_encoder(args: argparse.Namespace, base: Repo, config: Any) -> None:
+    """End where a base is to learn answers that its tokens see: a BERT has a causal class as well.
+
+    Its attention is that of an encoder all the same, unless its config says is_decoder.
+    """
+    import transformers
+
+    if args.task != "causal":
+        return
+    decoders = ("is_decoder", "is_encoder_decoder", "causal")
+    masked = type(config) in transformers.MODEL_FOR_MASKED_LM_MAPPING
+    masked = masked and not any(getattr(config, name, False) for name in decoders)
+    text = config.get_text_config()
+    # EmbeddingGemma says so.
+    if masked or getattr(text, "use_bidirectional_attention", None) in (True, "all"):
+        fail_as_encoder(base)
+
+
+def check_causality(trainer: Any, base: Repo) -> None:
+    """The same by a forward, where a config does not tell, such as XLNet's.
+
+    What follows a first token must not change its scores by more than experts do that rounding
+    picks.
+    """
+    import torch
+
+    # No process holds the whole model.
+    if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
+        return
+    model = trainer.model.eval()
+    rows = torch.ones(2, 8, dtype=torch.long, device=model.device)
+    rows[1, 1:] = 2
+    with torch.no_grad(), trainer.accelerator.autocast():
+        scores = model(input_ids=rows, attention_mask=torch.ones_like(rows)).logits[:, 0].float()
+    if (scores[0] - scores[1]).norm() > 0.1 * scores[0].norm():
+        fail_as_encoder(base)
+
+
+def fail_as_encoder(base: Repo) -> NoReturn:
+    fail(
+        f"{base.name} is an encoder, whose tokens see those behind them: as a language model it "
+        "would learn answers that it sees. Say --task classify."
+    )
 
 
 def check_positions(args: argparse.Namespace, base: Repo, config: Any) -> None:
@@ -3421,14 +3470,15 @@ class FastSteps:
     ) -> Any:
         training = self.model.training
         if "labels" in inputs and inputs["labels"].dim() == 1:
+            num_rows = len(inputs["labels"])  # Smoothing takes the labels out of the inputs.
             with self.reading(inputs, self.places_of_rows(inputs) if training else None):
                 if "loss_weights" in inputs:
-                    found = weighted_loss(model, inputs) / len(inputs["labels"])
+                    found = weighted_loss(model, inputs) / num_rows
                 else:
                     found = super().compute_loss(model, inputs, return_outputs)
             if not (training and self.speed.sort):
                 return found
-            share = inputs["labels"].shape[0] * self.num_averaged() / num_items_in_batch
+            share = num_rows * self.num_averaged() / num_items_in_batch
             return found * share
         if return_outputs or not self.speed.labelled_only:
             if "loss_weights" in inputs:
