@@ -277,6 +277,24 @@ def test_four_bits_of_an_fp8_checkpoint_spare_the_vision_tower(
     assert difference.norm() < 0.15 * expected.norm()
 
 
+def test_a_classifier_in_four_bits_recomputes_no_activations_unasked(
+    train: ModuleType, files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainers: list[Any] = []
+
+    def keep(_: Any, trainer: Any, *__: Any) -> None:
+        trainers.append(trainer)
+        raise SystemExit
+
+    monkeypatch.setattr(train, "choose_speed", keep)
+    argv = flags_of(files, base_of(files, "qwen3"), tmp_path, *CLASSIFY, "--load_in_4bit")
+    with pytest.raises(SystemExit):
+        train.main(argv)
+    [trainer] = trainers
+    assert not trainer.args.activation_checkpointing
+    assert not trainer.model.get_base_model().is_activation_checkpointing
+
+
 def test_flags_that_contradict_the_model_are_refused(
     train: ModuleType, files: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
