@@ -262,6 +262,24 @@ INSTRUCTION = {
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """The documented flags, plus every field of the trainer's config read from its source."""
     parser = Parser(prog=SCRIPT, description=__doc__)
+    add_training_flags(parser)
+    add_run_flags(parser)
+    fields = add_trainer_fields(parser)
+    args = resolve_arguments(parser, argv, PRESETS, ALIASES)
+    args.trainer_fields = {name: vars(args).pop(name) for name in fields & vars(args).keys()}
+    if args.report_to is None:
+        args.report_to = ["wandb", "tensorboard"] if args.output_dir else ["wandb"]
+    for name in args.trainer_fields.keys() & DECIDED_HERE.keys():
+        print(f"--{name} has no effect: {DECIDED_HERE[name]}", flush=True)
+        del args.trainer_fields[name]
+    if vars(args).pop("group_by_length"):
+        print("--group_by_length is now --train_sampling_strategy group_by_length", flush=True)
+        args.trainer_fields["train_sampling_strategy"] = "group_by_length"
+    return args
+
+
+def add_training_flags(parser: Parser) -> None:
+    """The flags that say what is trained, on what, and how."""
     switch = {"type": boolean, "nargs": "?", "const": True, "default": False}
     flag = parser.add_argument_group("data").add_argument
     flag("--dataset_repo", help="Hub id[@revision] or folder ({you}/hsd-data)")
@@ -348,6 +366,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         default="auto",
         help="compute what all rows begin with once a step; auto: where no dropout is drawn",
     )
+
+
+def add_run_flags(parser: Parser) -> None:
+    """The flags of a start: where its state lies, what it tells, and on how many machines."""
+    switch = {"type": boolean, "nargs": "?", "const": True, "default": False}
     flag = parser.add_argument_group("state and logs").add_argument
     flag("--hub_model_id", help="adapter repo ({you}/hsd-lora)")
     flag("--run_name", help="name of the W&B run and of the adapter repo ({you}/hsd-RUN_NAME)")
@@ -389,18 +412,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="always, never; auto: shard a base over the GPUs that no single one can hold",
     )
     flag("--group_by_length", **switch | {"help": argparse.SUPPRESS})
-    fields = add_trainer_fields(parser)
-    args = resolve_arguments(parser, argv, PRESETS, ALIASES)
-    args.trainer_fields = {name: vars(args).pop(name) for name in fields & vars(args).keys()}
-    if args.report_to is None:
-        args.report_to = ["wandb", "tensorboard"] if args.output_dir else ["wandb"]
-    for name in args.trainer_fields.keys() & DECIDED_HERE.keys():
-        print(f"--{name} has no effect: {DECIDED_HERE[name]}", flush=True)
-        del args.trainer_fields[name]
-    if vars(args).pop("group_by_length"):
-        print("--group_by_length is now --train_sampling_strategy group_by_length", flush=True)
-        args.trainer_fields["train_sampling_strategy"] = "group_by_length"
-    return args
 
 
 def add_trainer_fields(parser: Parser) -> set[str]:
