@@ -285,6 +285,7 @@ def test_processes_wait_longer_than_the_first_for_the_hub(
         monkeypatch.setattr(train, "WORLD_SIZE", 2)
         train.join_processes(args)
     assert waits == [2400, 7200, 3 * 10800 + 600]
+    assert train.RESUME_RULES["ddp_timeout"] == train.NEW
 
 
 def test_one_process_asks_the_hub_who_you_are(
@@ -437,6 +438,7 @@ def test_what_no_single_gpu_holds_is_sharded(
     gpu = SimpleNamespace(total_memory=24 * 2**30)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda *_: gpu)
     monkeypatch.setattr(train, "count_parameters", lambda parameters: parameters)
+    assert 2**20 < train.available_memory() < 2**60
     monkeypatch.setattr(train, "available_memory", lambda: 170 * 2**30)
 
     def choose(

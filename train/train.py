@@ -576,7 +576,7 @@ def say_processes() -> None:
     """Say how many processes accelerate has started: where it made one of several, nothing fails.
 
     `accelerate launch --num_processes 2` starts a single one with --cpu, and where there is no GPU
-    (accelerate 1.15).
+    and no --multi_gpu (accelerate 1.15).
     """
     # accelerate launch sets it in each process that it starts.
     if "ACCELERATE_MIXED_PRECISION" not in os.environ:
@@ -586,7 +586,8 @@ def say_processes() -> None:
     else:
         print(
             "accelerate launch: 1 process. With --cpu, or without GPUs, it starts one whatever "
-            "--num_processes says; torchrun --nproc-per-node N train/train.py starts N.",
+            "--num_processes says, unless --multi_gpu is said too; torchrun --nproc-per-node N "
+            "train/train.py starts N.",
             flush=True,
         )
 
