@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator
 
@@ -35,6 +36,17 @@ def alice(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> Hub:
     """The Hub with alice logged in: what the scripts themselves find."""
     monkeypatch.setenv("HF_TOKEN", hub.token)
     return hub
+
+
+@pytest.fixture(autouse=True)
+def kept_environment() -> Iterator[None]:
+    """Undo what a script sets for its own process: above all W&B's run."""
+    before = dict(os.environ)
+    yield
+    if os.environ.get("WANDB_RUN_ID") != before.get("WANDB_RUN_ID"):
+        sys.modules["wandb"].teardown()
+    os.environ.clear()
+    os.environ.update(before)
 
 
 @pytest.fixture
