@@ -164,6 +164,16 @@ def test_two_machines_are_one_with_two_processes_and_one_process_goes_on(
     assert contract(begun / "out")["training"]["effective_batch"] == 4
 
 
+def test_one_process_tries_steps_while_the_others_wait(files: Path, tmp_path: Path) -> None:
+    # TRL's own loss, which label smoothing needs, gathers its counts over all processes.
+    flags = ("--label_smoothing_factor", "0.1", "--max_steps", "1", "--save_steps", "1")
+    code, printed = end(
+        start(files, tmp_path, "--num_processes", "2", "--auto_batch", *flags), tmp_path
+    )
+    assert code == 0, printed
+    assert printed.count("--auto_batch: micro-batches of up to ") == 1
+
+
 @pytest.mark.slow
 def test_a_sharded_base_trains_resumes_and_ends_as_a_whole_one(
     files: Path, whole: Path, tmp_path: Path

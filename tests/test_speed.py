@@ -109,14 +109,12 @@ def test_micro_batches_hold_each_row_once_and_no_more_than_they_may(
             assert len(part) == 1 or len(part) * (longest + shared) <= most
 
 
-def test_micro_batches_cost_no_more_than_any_other_cut(train: ModuleType) -> None:
+@pytest.mark.parametrize("one", [0, 64, 1000])
+def test_micro_batches_cost_no_more_than_any_other_cut(train: ModuleType, one: int) -> None:
     lengths, most = [9, 150, 80, 10, 81, 12, 160, 11], 400
 
     def cost(parts: list[list[int]]) -> int:
-        return sum(
-            len(part) * max(lengths[index] for index in part) + train.MICRO_BATCH_COST
-            for part in parts
-        )
+        return sum(len(part) * max(lengths[index] for index in part) + one for part in parts)
 
     order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
     every = []
@@ -130,7 +128,63 @@ def test_micro_batches_cost_no_more_than_any_other_cut(train: ModuleType) -> Non
         parts.append(part)
         if all(len(part) * lengths[part[0]] <= most for part in parts):
             every.append(cost(parts))
-    assert cost(train.split_by_length(lengths, most)) == min(every)
+    assert cost(train.split_by_length(lengths, most, cost_of_one=one)) == min(every)
+
+
+@pytest.mark.parametrize(("cost", "expected"), [(0, [1, 1]), (1000, [2])])
+def test_a_step_is_split_by_the_cost_on_record(
+    train: ModuleType, cost: int, expected: list[int]
+) -> None:
+    trainer = train.FastSteps()
+    trainer.args, trainer.longest = SimpleNamespace(world_size=1), 100
+    trainer.data_collator = lambda rows: {"rows": len(rows)}
+    trainer.speed = train.Speed(sort=True, micro_batch=4, micro_batch_cost=cost)
+    step = trainer.build_step([{"input_ids": [1] * length} for length in (10, 100)])
+    assert [batch["rows"] for batch in step.batches] == expected
+
+
+def test_supervised_places_are_found_before_a_batch_is_on_the_device(train: ModuleType) -> None:
+    import torch
+
+    trainer = train.FastSteps()
+    trainer.data_collator = lambda rows: {"labels": torch.tensor([row["labels"] for row in rows])}
+    rows = [{"labels": [-100, -100, 5, 6]}, {"labels": [-100, 7, -100, -100]}]
+    assert "places" not in trainer.collate(rows)
+    trainer.speed = train.Speed(labelled_only=True)
+    places = trainer.collate(rows)["places"]
+    assert [found.tolist() for found in places] == [[0, 0, 1], [1, 2, 0]]
+
+
+@pytest.mark.parametrize(
+    ("launch", "per_token", "expected"),
+    [(0.5, 0.001, 512), (0.0, 0.001, 0), (0.5, 1e-9, 800), (0.5, 0.0, 800)],
+)
+def test_a_micro_batch_costs_what_its_launch_takes_in_tokens(
+    train: ModuleType,
+    monkeypatch: pytest.MonkeyPatch,
+    launch: float,
+    per_token: float,
+    expected: int,
+) -> None:
+    import torch
+
+    trainer = SimpleNamespace(speed=train.Speed(micro_batch=4))
+    tried = [{"input_ids": [1] * length} for length in (100, 20, 10)]
+    warm = set()
+
+    def try_step(_: Any, parts: list[list[dict[str, Any]]]) -> float:
+        rows = parts[0]
+        if len(rows) > 5:
+            raise torch.OutOfMemoryError("simulated")
+        cold = 9.0 * (len(rows) not in warm)
+        warm.add(len(rows))
+        return cold + launch + per_token * sum(len(row["input_ids"]) for row in rows)
+
+    monkeypatch.setattr(train, "try_step", try_step)
+    monkeypatch.setattr(train, "release_memory", lambda _: None)
+    assert train.measure_cost(trainer, tried, 8) == expected
+    # A step of one row tells nothing.
+    assert train.measure_cost(trainer, [tried[1]] * 3, 1) == train.MICRO_BATCH_COST
 
 
 def test_all_processes_get_as_many_micro_batches(train: ModuleType) -> None:
@@ -361,7 +415,7 @@ def test_auto_batch_starts_with_the_largest_that_fits(
     assert chosen(tmp_path / "out")["micro_batch"] == 4
 
 
-def test_without_auto_batch_the_end_of_memory_is_said_in_words(
+def test_the_end_of_memory_is_said_in_words_and_auto_batch_goes_on(
     train: ModuleType,
     files: Path,
     tmp_path: Path,
@@ -371,14 +425,68 @@ def test_without_auto_batch_the_end_of_memory_is_said_in_words(
     import torch
     import transformers
 
-    def none(trainer: Any, *_: Any) -> Any:
-        raise torch.OutOfMemoryError("simulated")
+    step = transformers.Trainer.training_step
 
-    monkeypatch.setattr(transformers.Trainer, "training_step", none)
+    def small(trainer: Any, *values: Any) -> Any:
+        if trainer.state.global_step and trainer.speed.micro_batch > 1:
+            raise torch.OutOfMemoryError("simulated")
+        return step(trainer, *values)
+
+    monkeypatch.setattr(transformers.Trainer, "training_step", small)
     with pytest.raises(SystemExit) as end:
-        run(train, files, tmp_path / "out")
+        run(train, files, tmp_path / "out", "--save_steps", "1")
     assert end.value.code == 1
-    assert "error: out of memory in step 1" in capsys.readouterr().err
+    message = capsys.readouterr().err
+    assert "error: out of memory in step 2" in message
+    assert "the same command with --activation_checkpointing true or" in message
+    # As on a machine with less memory than the one that the run began on.
+    run(train, files, tmp_path / "out", "--save_steps", "1", "--auto_batch")
+    printed = capsys.readouterr().out
+    assert "auto_batch changes from False to True" in printed and "step 5/5" in printed
+    assert chosen(tmp_path / "out")["micro_batch"] == 1
+
+
+def test_what_is_tried_is_what_training_builds_and_leaves_no_memory_taken(
+    train: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+
+    device = SimpleNamespace(type="cuda")
+    trainer = SimpleNamespace(
+        args=SimpleNamespace(device=device), model=SimpleNamespace(zero_grad=lambda: None)
+    )
+    tried = [{"input_ids": [1] * 100}, {"input_ids": [1] * 20}]
+    gpu = SimpleNamespace(total_memory=100)
+    step: dict[str, Any] = {"peak": 80, "error": None}
+    sizes, events = [], []
+
+    class Tensor:
+        def __del__(self) -> None:
+            events.append("freed")
+
+    def try_step(_: Any, parts: list[list[dict[str, Any]]]) -> float:
+        tensor = Tensor()
+        sizes.append([(len(part), len(part[0]["input_ids"])) for part in parts])
+        if step["error"]:
+            raise step["error"](str(tensor))
+        return 1.0
+
+    monkeypatch.setattr(train, "try_step", try_step)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: events.append("emptied"))
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: events.append("reset"))
+    monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda: step["peak"])
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: gpu)
+    order = ["emptied", "reset", "freed", "emptied"]
+    assert train.fits(trainer, tried, 2, 8) and events == order
+    # The longest rows, and as many tokens of usual ones: no more than a step has rows.
+    assert sizes == [[(2, 100), (8, 20)]]
+    step["peak"] = 91
+    assert not train.fits(trainer, tried, 2, 8) and events == 2 * order
+    step["error"] = torch.OutOfMemoryError
+    assert not train.fits(trainer, tried, 2, 8) and events == 3 * order
+    monkeypatch.setattr(train, "WORLD_SIZE", 2)
+    train.fits(trainer, tried, 2, 8)
+    assert sizes[-1] == [(2, 100)]
 
 
 @pytest.mark.parametrize("fits", [True, False])
@@ -389,7 +497,7 @@ def test_activation_checkpointing_only_where_the_longest_rows_do_not_fit(
     switched = []
     monkeypatch.setattr(train, "fits", lambda *_: fits)
     monkeypatch.setattr(train, "set_checkpointing", lambda _, on: switched.append(on))
-    train.choose_memory(trainer, [{}] * 6, auto_batch=False, checkpointing=True)
+    train.choose_memory(trainer, [], 6, auto_batch=False, checkpointing=True)
     assert trainer.speed.activation_checkpointing == (not fits) == bool(switched)
     assert trainer.speed.prompt_tokens == (30 if fits else 0)
 
@@ -480,31 +588,6 @@ def test_one_process_measures_without_the_others(
     flags = ["--auto_batch", "--label_smoothing_factor", "0.1", "--max_steps", "1"]
     run(train, files, tmp_path / "out", *flags)
     assert tried == [6] and not chosen(tmp_path / "out")["labelled_only"]
-
-
-def test_what_a_micro_batch_costs_is_measured_in_tokens(
-    train: ModuleType, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    import torch
-
-    rows = [{"input_ids": [0] * length} for length in (10, 40, 50)]
-    trainer = SimpleNamespace(speed=train.Speed(micro_batch=8), longest=50)
-
-    def seconds(_: Any, parts: list[list[dict[str, Any]]]) -> float:
-        return 0.25 + 1e-3 * sum(len(row["input_ids"]) for part in parts for row in part)
-
-    monkeypatch.setattr(train, "try_step", seconds)
-    assert train.measure_cost(trainer, rows, [2, 1, 0]) == 250
-    # Two passes of 20 rows cost more than the padding of one.
-    lengths = [50] * 10 + [40] * 10
-    assert len(train.split_by_length(lengths, 1000, 0, 250)) == 1
-    assert len(train.split_by_length(lengths, 1000, 0, 64)) == 2
-
-    def ended(*_: Any) -> float:
-        raise torch.OutOfMemoryError
-
-    monkeypatch.setattr(train, "try_step", ended)
-    assert train.measure_cost(trainer, rows, [2, 1, 0]) == train.MICRO_BATCH_COST
 
 
 def test_a_part_that_makes_keys_is_not_left_out(

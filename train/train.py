@@ -207,7 +207,7 @@ RESUME_RULES = {
             *("num_train_epochs", "max_steps", "per_device_eval_batch_size", "logging_steps"),
             "world_size",  # the same rows in each step, shared otherwise
             "activation_checkpointing",  # the same numbers in less memory
-            "auto_batch",  # the same rows in each step, rounded otherwise where it halves
+            "auto_batch",  # the same rows in each step; halved, their sums round otherwise
         ),
         FREE,
     ),
@@ -2385,8 +2385,10 @@ class Run:
                 fail(
                     f"out of memory in step {step + 1}, with micro-batches of "
                     f"{trainer.speed.micro_batch} rows: {str(error).splitlines()[0]} The newest "
-                    "checkpoint stands: the same command with --auto_batch, or with "
-                    "--activation_checkpointing true, goes on from it in less memory.",
+                    "checkpoint stands: the same command with --activation_checkpointing true or, "
+                    "in one process, with --auto_batch goes on from it and needs less. So does a "
+                    "new run with a smaller --per_device_train_batch_size and more "
+                    "--gradient_accumulation_steps.",
                     code=1,
                 )
             # torch's writer names no reason when the disk ends in the middle of a file.
@@ -3196,8 +3198,9 @@ errors, and not the same ones for every group; it is not for unattended removal 
 
 # --- speed -----------------------------------------------------------------------------------
 
-# What a micro-batch costs beside its tokens, in tokens (Llamas of 20M and 100M on two cores). On a
-# GPU, where the launch of the kernels alone takes the time of many more, it is measured.
+# What a micro-batch costs beside its tokens, in tokens (Llamas of 20M and 100M on two cores; a
+# MiniLM encoder's costs 45). A GPU launches its kernels in the time of many more: there it is
+# measured.
 MICRO_BATCH_COST = 64
 # Below this many parameters a step is mostly overhead, and measuring would choose by noise.
 MEASURED_FROM = 5_000_000
@@ -3257,8 +3260,8 @@ def split_by_length(
 ) -> list[list[int]]:
     """Indices of rows, the longest first, in micro-batches that together cost least.
 
-    A micro-batch costs its rows times its longest length, and `cost_of_one`. With `shared`
-    tokens before each row it holds at most `most_tokens`, or one row.
+    A micro-batch costs its rows times its longest length, and `cost_of_one`. With `shared` tokens
+    before each row it holds at most `most_tokens`, or one row.
     """
     order = sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
     costs, starts = [0.0], [0]
@@ -3335,16 +3338,20 @@ class FastSteps:
         return self.put_together([[rows[index] for index in part] for part in parts])
 
     def put_together(self, parts: list[list[dict[str, Any]]]) -> Step:
-        """A step of these micro-batches."""
-        rows = [row for part in parts for row in part]
-        return Step(rows, [self.collate(part) for part in parts])
+        """A step in these micro-batches."""
+        return Step([row for part in parts for row in part], [self.collate(part) for part in parts])
 
     def collate(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
         if self.speed.prompt_tokens:
-            return add_row_weights(collate_after_prompt(rows, self.speed.prompt_tokens), rows)
-        if self.speed.packed:
-            return add_row_weights(collate_packed(rows), rows)
-        return dict(self.data_collator(rows))
+            batch = add_row_weights(collate_after_prompt(rows, self.speed.prompt_tokens), rows)
+        elif self.speed.packed:
+            batch = add_row_weights(collate_packed(rows), rows)
+        else:
+            batch = dict(self.data_collator(rows))
+        if self.speed.labelled_only:
+            # A GPU would have to end its work before it could tell how many there are.
+            batch["places"] = (batch["labels"][:, 1:] != -100).nonzero(as_tuple=True)
+        return batch
 
     def count_targets(self, batch: dict[str, Any]) -> int:
         """What the loss is a mean over: supervised tokens, or a classifier's rows."""
@@ -3359,6 +3366,7 @@ class FastSteps:
         size = sum(batch["input_ids"].numel() for batch in inputs.batches)
         if not size:
             return 0
+        size += self.speed.prompt_tokens
         return super().floating_point_ops({"input_ids": torch.empty(size, device="meta")})
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Any:
@@ -3373,10 +3381,13 @@ class FastSteps:
             try:
                 loss = self.run_step(model, inputs, num_items_in_batch)
                 break
-            except torch.OutOfMemoryError as error:
-                self.halve(model, error)
-                self.restore_state(kept)
-                inputs = self.build_step(inputs.rows)
+            except torch.OutOfMemoryError:
+                # Other processes wait for this one within the step.
+                if not self.auto_batch or self.speed.micro_batch == 1 or self.args.world_size > 1:
+                    raise
+            self.halve()
+            self.restore_state(kept)
+            inputs = self.build_step(inputs.rows)
         self.write_counts("train", sum(len(row["input_ids"]) for row in inputs.rows))
         return loss
 
@@ -3385,13 +3396,14 @@ class FastSteps:
         import torch
 
         model.train()
+        # Copied to the device before its work begins: a copy waits for what is being computed.
+        batches = [self._prepare_inputs(batch) for batch in step.batches]
         states = self.read_prompt(model) if self.speed.prompt_tokens else []
         loss = torch.zeros((), device=self.args.device)
-        for number, batch in enumerate(step.batches, start=1):
-            waits = number < len(step.batches)
+        for number, batch in enumerate(batches, start=1):
+            waits = number < len(batches)
             with self.accelerator.no_sync(model) if waits else contextlib.nullcontext():
-                # A copy: the trainers add to what they are given.
-                loss += super().training_step(model, dict(batch), num_items_in_batch)
+                loss += super().training_step(model, batch, num_items_in_batch)
         self.end_prompt(states)
         return loss
 
@@ -3454,19 +3466,11 @@ class FastSteps:
             self._metrics["train"].update(metrics)
             self._total_train_tokens = tokens
 
-    def halve(self, model: Any, error: Exception) -> None:
-        """Make micro-batches smaller after a step ran out of memory, or raise its error."""
-        import torch
-
+    def halve(self) -> None:
+        """Make micro-batches smaller after a step ran out of memory."""
         size = self.speed.micro_batch
-        # Other processes wait for this one within the step.
-        if not self.auto_batch or size == 1 or self.args.world_size > 1:
-            raise error
         self.speed.micro_batch = size // 2
-        self.cache, self.counts = None, None
-        model.zero_grad()
-        if self.args.device.type == "cuda":
-            torch.cuda.empty_cache()
+        release_memory(self)
         print(
             f"--auto_batch: out of memory in step {self.state.global_step + 1}; it is computed "
             f"again with micro-batches of {size // 2} rows instead of {size}",
@@ -3523,7 +3527,7 @@ class FastSteps:
 
         inputs = dict(inputs)
         targets, weights = inputs.pop("labels")[:, 1:], inputs.pop("loss_weights", None)
-        places = (targets != -100).nonzero(as_tuple=True)
+        places = inputs.pop("places", None) or (targets != -100).nonzero(as_tuple=True)
         options: dict[str, Any] = {"use_cache": False}
         if inputs.pop("after_prompt", False):
             options = {"use_cache": True, "past_key_values": self.past(len(targets))}
@@ -3804,7 +3808,7 @@ def measure_speed(args: argparse.Namespace, trainer: Any) -> None:
     """Choose what makes a step cheap and leaves its loss as it is, by trying it on a first batch.
 
     No random number is consumed, and no weight or gradient is left changed. Of several processes
-    one does it alone.
+    the first one does it alone, before the model is wrapped to share gradients.
     """
     import torch
 
@@ -3827,86 +3831,61 @@ def measure_speed(args: argparse.Namespace, trainer: Any) -> None:
     cuda = [settings.device] if settings.device.type == "cuda" else []
     with torch.random.fork_rng(cuda), counting_alone(trainer):
         batch = [rows[index] for index in range(min(num_rows, len(rows)))]
-        if args.task == "classify":
-            if not settings.activation_checkpointing:
-                choose_read_token(trainer, batch)
-        elif choose_logits(trainer, batch):
-            if cuda:
-                speed.micro_batch_cost = measure_cost(trainer, rows, by_length)
+        tried = [rows[by_length[place]] for place in (0, len(rows) // 2, -1)]
+        if args.task == "causal":
+            choose_logits(trainer, batch)
+        elif not settings.activation_checkpointing:
+            choose_read_token(trainer, batch)
+        if cuda and WORLD_SIZE == 1:
+            speed.micro_batch_cost = measure_cost(trainer, tried, len(batch))
+        if speed.labelled_only:
             choose_rows(args, trainer, batch)
         if args.attn_implementation == "auto" and not cuda:
             choose_attention(trainer, batch)
         if cuda or args.auto_batch:
-            longest = [rows[index] for index in by_length[:num_rows]]
-            explicit = "activation_checkpointing" in args.trainer_fields
-            choose_memory(trainer, longest, args.auto_batch, bool(cuda) and not explicit)
-        if cuda and not speed.labelled_only:
-            speed.micro_batch_cost = measure_cost(trainer, rows, by_length)
+            unasked = bool(cuda) and "activation_checkpointing" not in args.trainer_fields
+            choose_memory(trainer, tried, len(batch), args.auto_batch, unasked)
     release_memory(trainer)
-    if cuda:
+    if cuda:  # The line of progress tells the peak of training.
         torch.cuda.reset_peak_memory_stats()
+
+
+def release_memory(trainer: Any) -> None:
+    """Give back what a step has left, so that the next one finds the memory as it was.
+
+    After an error, once it is handled: its traceback holds the step's tensors.
+    """
+    import gc
+
+    import torch
+
+    forget_step(trainer)
+    gc.collect()
+    if trainer.args.device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 @contextlib.contextmanager
 def counting_alone(trainer: Any) -> Iterator[None]:
-    """TRL's loss gathers its counts over all processes, of which the others wait elsewhere."""
-    trainer.accelerator.gather_for_metrics = lambda values, *_: values
+    """Have TRL's loss count alone: the other processes wait elsewhere for what is chosen."""
+    trainer.accelerator.gather_for_metrics = lambda values, *_, **__: values
     try:
         yield
     finally:
         del trainer.accelerator.gather_for_metrics
 
 
-def release_memory(trainer: Any) -> None:
-    """Drop what a tried step has left, so that the next one finds the memory as it was."""
-    import gc
-
-    import torch
-
-    trainer.cache = trainer.counts = None
-    trainer.model.zero_grad()
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-
-
-def measure_cost(trainer: Any, rows: Any, by_length: list[int]) -> int:
-    """What a micro-batch costs beside its tokens, in tokens: by timing a small and a full one.
-
-    MICRO_BATCH_COST where the full one does not fit in memory.
-    """
-    import torch
-
-    size = min(trainer.speed.micro_batch, len(by_length))
-    small, full = [rows[by_length[-1]]], [rows[by_length[len(by_length) // 2]]] * size
-    parts = [small, full]
-    seconds: list[list[float]] = [[], []]
-    try:
-        for _ in range(4):
-            for part, found in zip(parts, seconds, strict=True):
-                found.append(try_step(trainer, [part]))
-    except torch.OutOfMemoryError:
-        return MICRO_BATCH_COST
-    tokens = [len(part) * len(part[0]["input_ids"]) for part in parts]
-    # The first pass of each warms up.
-    short, long = (sorted(found[1:])[1] for found in seconds)
-    most = trainer.speed.micro_batch * trainer.longest
-    if long <= short or tokens[1] <= tokens[0]:
-        return most
-    per_token = (long - short) / (tokens[1] - tokens[0])
-    return min(most, max(0, round(short / per_token - tokens[0])))
-
-
-def choose_logits(trainer: Any, batch: list[dict[str, Any]]) -> bool:
-    """Logits at supervised tokens, and of the last layer only these: where that is exact.
-
-    False: TRL's own loss stays.
-    """
+def choose_logits(trainer: Any, batch: list[dict[str, Any]]) -> None:
+    """Logits at supervised tokens, and of the last layer these tokens only: where it is exact."""
     speed, settings = trainer.speed, trainer.args
     if settings.label_smoothing_factor or settings.loss_type != "nll" or trainer.aux_loss_enabled:
-        return False
-    vocabulary = trainer.model.config.get_text_config().vocab_size
-    if 12 * most_supervised(trainer) * speed.micro_batch * vocabulary > MOST_SCORES:
+        return
+    scores = (
+        most_supervised(trainer)
+        * speed.micro_batch
+        * trainer.model.config.get_text_config().vocab_size
+    )
+    if 12 * scores > MOST_SCORES:
         print("speed: the answers are long, so TRL's loss computes their logits", flush=True)
         return False
     speed.labelled_only = True
@@ -3917,13 +3896,13 @@ def choose_logits(trainer: Any, batch: list[dict[str, Any]]) -> bool:
         speed.last_layer = "labelled"
         if not is_exact(trainer, batch, "of the last layer the supervised tokens only"):
             speed.last_layer = None
-    return True
 
 
 def choose_rows(args: argparse.Namespace, trainer: Any, batch: list[dict[str, Any]]) -> None:
     """A prompt computed once, or rows without padding: where it pays and is exact."""
     speed, settings = trainer.speed, trainer.args
     shared = shared_prompt(trainer) if args.share_prompt != "never" else 0
+    # The prompt is a pass of its own, forward and back.
     pays = shared * (len(batch) - 1) > 2 * speed.micro_batch_cost
     if pays and not settings.activation_checkpointing and WORLD_SIZE == 1:
         if args.share_prompt == "auto" and has_dropout(trainer.model):
@@ -3934,9 +3913,8 @@ def choose_rows(args: argparse.Namespace, trainer: Any, batch: list[dict[str, An
             )
         else:
             speed.prompt_tokens, trainer.prompt = shared, tuple(batch[0]["input_ids"][:shared])
-            if not is_exact(
-                trainer, batch, f"the {shared} common tokens of the prompt once a step"
-            ):
+            what = f"the {shared} common tokens of the prompt once a step"
+            if not is_exact(trainer, batch, what):
                 speed.prompt_tokens = 0
     attention = trainer.model.config._attn_implementation
     if not speed.prompt_tokens and "seq_lengths" not in batch[0] and is_varlen(attention):
@@ -3946,9 +3924,9 @@ def choose_rows(args: argparse.Namespace, trainer: Any, batch: list[dict[str, An
 
 
 def is_exact(trainer: Any, batch: list[dict[str, Any]], what: str) -> bool:
-    """Whether `trainer.speed` gives the model's own loss of a padded batch with all logits.
+    """Whether four rows have the loss that the model gives them with padding and all logits.
 
-    `what` is said where it does not. Four rows of all lengths are tried.
+    Where they have not, say that `what` is left out, and why.
     """
     batch = sorted(batch, key=lambda row: len(row["input_ids"]))[:: max(1, len(batch) // 4)][:4]
     expected = own_loss(trainer, batch)
@@ -3962,6 +3940,50 @@ def is_exact(trainer: Any, batch: list[dict[str, Any]], what: str) -> bool:
         reason = f"the loss of a first batch is {found:.6f} and the model's {expected:.6f}"
     print(f"speed: not {what}: {reason}", flush=True)
     return False
+
+
+def measure_cost(trainer: Any, tried: list[dict[str, Any]], most: int) -> int:
+    """What a micro-batch costs beside its tokens, in tokens: by the time of a short and a full one.
+
+    A power of two, so that another run most often finds the same, and no more than the longest
+    rows of a step have together, for which no step is split to save padding. MICRO_BATCH_COST
+    where memory ends, or where the full one is hardly longer than the short one.
+    """
+    import torch
+
+    size = min(trainer.speed.micro_batch, most)
+    seconds: list[list[float]] = []
+    while size and not seconds:
+        parts = [tried[-1:]], full_micro_batches(tried, size, most)[-1:]
+        try:
+            seconds = [[try_step(trainer, part) for _ in range(4)] for part in parts]
+        except torch.OutOfMemoryError:
+            size //= 2
+        release_memory(trainer)
+    short, full = (sum(len(row["input_ids"]) for row in part[0]) for part in parts)
+    if not seconds or full < 2 * short:
+        return MICRO_BATCH_COST
+    # The first pass of each warms up; of the others the median.
+    of_short, of_full = (sorted(found[1:])[1] for found in seconds)
+    most_tokens = most * len(tried[0]["input_ids"])
+    if of_full <= of_short:
+        return most_tokens
+    cost = of_short * (full - short) / (of_full - of_short) - short
+    return min(2 ** round(math.log2(cost)), most_tokens) if cost >= 1 else 0
+
+
+def full_micro_batches(
+    tried: list[dict[str, Any]], size: int, most: int
+) -> list[list[dict[str, Any]]]:
+    """`size` times the longest row, and as many tokens of a usual one where rows are split so.
+
+    Of a usual one at most the `most` rows of a step. `tried`: the longest row, one of the median
+    length, the shortest.
+    """
+    longest, usual = tried[:2]
+    parts = [[longest] * size]
+    more = min(most, size * len(longest["input_ids"]) // len(usual["input_ids"]))
+    return [*parts, [usual] * more] if WORLD_SIZE == 1 and more > size else parts
 
 
 def choose_read_token(trainer: Any, batch: list[dict[str, Any]]) -> None:
@@ -4083,13 +4105,18 @@ def try_step(trainer: Any, parts: list[list[dict[str, Any]]]) -> float:
     if on_gpu:
         torch.cuda.synchronize()
     seconds = clock() - began
-    trainer.counts = None
+    forget_step(trainer)
+    return seconds
+
+
+def forget_step(trainer: Any) -> None:
+    """Drop the gradients and counts of a step that is no part of training."""
+    trainer.cache = trainer.counts = None
     trainer.model.zero_grad()
     metrics = getattr(trainer, "_metrics", None)
     if metrics:  # TRL's own loss counts whatever it computes.
         metrics["train"].clear()
         trainer._total_train_tokens = 0
-    return seconds
 
 
 def choose_attention(trainer: Any, batch: list[dict[str, Any]]) -> None:
@@ -4123,14 +4150,14 @@ def choose_attention(trainer: Any, batch: list[dict[str, Any]]) -> None:
 
 
 def choose_memory(
-    trainer: Any, longest: list[dict[str, Any]], auto_batch: bool, checkpointing: bool
+    trainer: Any, tried: list[dict[str, Any]], most: int, auto_batch: bool, checkpointing: bool
 ) -> None:
-    """By trying the longest row: no activation checkpointing where as many of it fit without it,
-    and with --auto_batch the largest micro-batch that fits.
+    """No activation checkpointing where a micro-batch fits in memory without it, and with
+    --auto_batch the largest micro-batch that fits, by trying rows as `fits` does.
     """
     speed = trainer.speed
-    size = min(speed.micro_batch, len(longest))
-    if checkpointing and not fits(trainer, longest[0], size):
+    size = min(speed.micro_batch, most)
+    if checkpointing and not fits(trainer, tried, size, most):
         # The prompt's keys and values are not kept where activations are not, and what the last
         # layer leaves out would be computed the second time.
         speed.activation_checkpointing, speed.prompt_tokens, speed.last_layer = True, 0, None
@@ -4138,16 +4165,20 @@ def choose_memory(
         print(f"speed: {size} of the longest rows need activation checkpointing", flush=True)
     if not auto_batch:
         return
-    while size > 1 and not fits(trainer, longest[0], size):
+    while size > 1 and not fits(trainer, tried, size, most):
         size //= 2
-    while size < len(longest) and fits(trainer, longest[0], min(2 * size, len(longest))):
-        size = min(2 * size, len(longest))
+    while size < most and fits(trainer, tried, min(2 * size, most), most):
+        size = min(2 * size, most)
     speed.micro_batch = size
     print(f"--auto_batch: micro-batches of up to {size} of the longest rows", flush=True)
 
 
-def fits(trainer: Any, row: dict[str, Any], size: int) -> bool:
-    """Whether one micro-batch of a row `size` times fits, with a tenth to spare."""
+def fits(trainer: Any, tried: list[dict[str, Any]], size: int, most: int) -> bool:
+    """Whether `size` rows of the longest length fit in one micro-batch, with a tenth to spare.
+
+    One process splits rows by their tokens: a micro-batch of more and shorter rows, which has more
+    logits, is tried too.
+    """
     import resource
 
     import torch
@@ -4156,23 +4187,21 @@ def fits(trainer: Any, row: dict[str, Any], size: int) -> bool:
     release_memory(trainer)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    # It never falls: of less than the process has already had, no growth is seen.
+    # The most memory so far never falls: less than there has been before shows no growth.
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     free, ended = available_memory(), False
     try:
-        try_step(trainer, [[row] * size])
+        try_step(trainer, full_micro_batches(tried, size, most))
     except torch.OutOfMemoryError:
-        # Its traceback holds the step's tensors: they are released below, without it.
         ended = True
-    most = torch.cuda.max_memory_reserved() if device.type == "cuda" else 0
+    reserved = torch.cuda.max_memory_reserved() if device.type == "cuda" else 0
     release_memory(trainer)
-    if ended:
-        return False
     if device.type == "cuda":
-        return most <= 0.9 * torch.cuda.get_device_properties(device).total_memory
+        total = torch.cuda.get_device_properties(device).total_memory
+        return not ended and reserved <= 0.9 * total
     # A CPU has no such error, only a process that is killed: the next doubling must fit too.
     grown = 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak)
-    return 2 * grown <= 0.9 * free
+    return not ended and 2 * grown <= 0.9 * free
 
 
 # --- what is watched -------------------------------------------------------------------------
@@ -4193,7 +4222,8 @@ SAMPLE_POSTS = (
     "We must get rid of them before they take over the street.",
 )
 MOST_ANSWER_TOKENS = 12
-# Dense bfloat16 peak in TFLOP/s by torch's name of the device (the makers' data sheets).
+# Dense peak of bfloat16 and float16 in TFLOP/s by torch's name of the device (the makers' data
+# sheets).
 GPU_PEAKS = {
     **dict.fromkeys(("NVIDIA A100-SXM4-40GB", "NVIDIA A100-SXM4-80GB"), 312),
     **dict.fromkeys(("NVIDIA A100-PCIE-40GB", "NVIDIA A100 80GB PCIe"), 312),
@@ -4755,7 +4785,7 @@ def machine_peak(device: Any, precision: str) -> tuple[float, str]:
     import torch
 
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-    if name in GPU_PEAKS and precision == "bfloat16":
+    if name in GPU_PEAKS and precision in ("bfloat16", "float16"):
         return GPU_PEAKS[name] * 1e12, f"the {GPU_PEAKS[name]} TFLOP/s of {name}"
     size = 8192 if name else 1024
     one = torch.full((size, size), 0.5, device=device, dtype=getattr(torch, precision))
@@ -5636,6 +5666,8 @@ def available_memory() -> float:
         found += [1024 * int(kib) for kib in re.findall(r"MemAvailable:\s+(\d+) kB", said)]
     with contextlib.suppress(OSError, ValueError):  # The word max: no limit.
         found.append(int(Path("/sys/fs/cgroup/memory.max").read_text(encoding="utf-8")))
+    with contextlib.suppress(OSError, ValueError):
+        found.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
     return min(found)
 
 
