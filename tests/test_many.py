@@ -164,6 +164,7 @@ def test_two_machines_are_one_with_two_processes_and_one_process_goes_on(
     assert contract(begun / "out")["training"]["effective_batch"] == 4
 
 
+@pytest.mark.slow
 def test_one_process_tries_steps_while_the_others_wait(files: Path, tmp_path: Path) -> None:
     # TRL's own loss, which label smoothing needs, gathers its counts over all processes.
     flags = ("--label_smoothing_factor", "0.1", "--max_steps", "1", "--save_steps", "1")

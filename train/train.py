@@ -3887,11 +3887,11 @@ def choose_logits(trainer: Any, batch: list[dict[str, Any]]) -> None:
     )
     if 12 * scores > MOST_SCORES:
         print("speed: the answers are long, so TRL's loss computes their logits", flush=True)
-        return False
+        return
     speed.labelled_only = True
     if not is_exact(trainer, batch, "logits at supervised tokens only"):
         speed.labelled_only = False
-        return False
+        return
     if trainer.last_parts and not settings.activation_checkpointing:
         speed.last_layer = "labelled"
         if not is_exact(trainer, batch, "of the last layer the supervised tokens only"):
