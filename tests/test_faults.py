@@ -15,7 +15,13 @@ def bench(hub: Hub, tmp_path_factory: pytest.TempPathFactory) -> Bench:
     return Bench(tmp_path_factory.mktemp("faults"), hub)
 
 
-@pytest.mark.parametrize("name", ["kill_before_commit", "commit_lost", "sigterm", "bit_flipped"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("kill_before_commit", "commit_lost", "sigterm"),
+        pytest.param("bit_flipped", marks=pytest.mark.slow),
+    ],
+)
 def test_a_fault_costs_no_more_than_the_steps_since_the_last_push(bench: Bench, name: str) -> None:
     """The row itself compares weights and curve with the uninterrupted run's."""
     outcome = bench.run(name)

@@ -342,7 +342,13 @@ def test_disabled_wandb_writes_nothing(
     assert not list(tmp_path.rglob("*.wandb"))
 
 
-@pytest.mark.parametrize("answers", [False, True], ids=["closed port", "no answer"])
+@pytest.mark.parametrize(
+    "answers",
+    [
+        pytest.param(False, marks=pytest.mark.slow, id="closed port"),
+        pytest.param(True, id="no answer"),
+    ],
+)
 def test_a_server_that_is_away_means_offline(tmp_path: Path, answers: bool) -> None:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
