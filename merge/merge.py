@@ -1013,7 +1013,8 @@ def load_base(
     """Load the base model for `causal` or `classify` (a new head with one output per label).
 
     Its `drawn` names the weights that the checkpoint lacks: those of a classifier's head and
-    pooler, drawn at random here, and otherwise in every process. The adapter must bring them.
+    pooler, drawn at random here, and otherwise in every process. The adapter must bring them. (Of
+    a copy in bfloat16 it names none: the copy holds what was drawn.)
     MXFP4 (gpt-oss) and FP8 (Ministral) checkpoints are dequantised, because neither can be
     trained or merged as stored. Four bits of an FP8 checkpoint come from a copy in bfloat16.
     """

@@ -512,7 +512,7 @@ def test_a_reweighted_loss_is_the_naive_one(
         (copied / "config.json").write_text(json.dumps(config))
         model = str(copied)
     if form == "all-logits":
-        monkeypatch.setattr(train, "choose_logits", lambda *_: False)
+        monkeypatch.setattr(train, "choose_logits", lambda *_: None)
     encoded: list[list[dict[str, Any]]] = []
     encode = train.encode_rows
     monkeypatch.setattr(train, "encode_rows", lambda *v: encoded.extend(encode(*v)) or encoded)

@@ -229,6 +229,7 @@ def test_what_a_base_lacks_comes_with_the_adapter(
     weights = peft.load_peft_weights(str(tmp_path / "whole"), device="cpu")
     peft.set_peft_model_state_dict(trained, weights)
     assert logits(trained).equal(expected)
+    # PEFT takes the other kinds' modules by their names, also where none is named.
     if kind in ("bert_without_pooler", "modernbert"):
         monkeypatch.setattr(train, "whole_modules", lambda *_: None)
         trained, adapter = adapt(tmp_path / "part")

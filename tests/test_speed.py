@@ -157,7 +157,7 @@ def test_supervised_places_are_found_before_a_batch_is_on_the_device(train: Modu
 
 @pytest.mark.parametrize(
     ("launch", "per_token", "expected"),
-    [(0.5, 0.001, 512), (0.0, 0.001, 0), (0.5, 1e-9, 800), (0.5, 0.0, 800)],
+    [(0.5, 0.001, 512), (0.0, 0.001, 1), (0.5, 1e-9, 800), (0.5, 0.0, 800)],
 )
 def test_a_micro_batch_costs_what_its_launch_takes_in_tokens(
     train: ModuleType,
@@ -438,7 +438,7 @@ def test_the_end_of_memory_is_said_in_words_and_auto_batch_goes_on(
     assert end.value.code == 1
     message = capsys.readouterr().err
     assert "error: out of memory in step 2" in message
-    assert "the same command with --activation_checkpointing true or" in message
+    assert "The same command with --activation_checkpointing true or with --auto_batch" in message
     # As on a machine with less memory than the one that the run began on.
     run(train, files, tmp_path / "out", "--save_steps", "1", "--auto_batch")
     printed = capsys.readouterr().out
@@ -732,9 +732,14 @@ def test_on_a_gpu_the_choices_are_measured_there(
 
     if not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
+    measure, costs = train.measure_cost, []
+    monkeypatch.setattr(
+        train, "measure_cost", lambda *values: costs.append(measure(*values)) or costs[-1]
+    )
     found = run(train, files, tmp_path / "fast", "--auto_batch")
-    assert not chosen(tmp_path / "fast")["activation_checkpointing"]
-    assert chosen(tmp_path / "fast")["micro_batch"] == 6
+    speed = chosen(tmp_path / "fast")
+    assert not speed["activation_checkpointing"] and speed["last_layer"] == "labelled"
+    assert speed["micro_batch"] == 6 and [speed["micro_batch_cost"]] == costs
     stock(monkeypatch, train)
     expected = run(train, files, tmp_path / "stock")
     losses = [[entry["loss"] for entry in log if "loss" in entry] for log in (found, expected)]

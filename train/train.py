@@ -1998,7 +1998,7 @@ def whole_modules(model: Any, base: Repo) -> list[str]:
     heads = [name for name, _ in model.named_modules() if name.endswith(("classifier", "score"))]
     inside = tuple(f"{head}." for head in heads)
     names = [name for name in model.drawn if not name.startswith(inside)]
-    drawn = sorted({name.rpartition(".")[0] for name in names})
+    drawn = sorted({name.rpartition(".")[0] for name in names} - {""})
     if quantised := [name for name in drawn if hasattr(model.get_submodule(name), "quant_state")]:
         fail(
             f"--load_in_4bit: {base.name} lacks {quantised[0]}, which is trained from the start, "
@@ -2382,13 +2382,14 @@ class Run:
             self.uploader.settle(self.args.hub_patience, 5.0)
             step = trainer.state.global_step
             if type(error).__name__ == "OutOfMemoryError":
+                size = trainer.speed.micro_batch or trainer.args.per_device_train_batch_size
+                halves = " or with --auto_batch" if trainer.speed.sort and WORLD_SIZE == 1 else ""
                 fail(
-                    f"out of memory in step {step + 1}, with micro-batches of "
-                    f"{trainer.speed.micro_batch} rows: {str(error).splitlines()[0]} The newest "
-                    "checkpoint stands: the same command with --activation_checkpointing true or, "
-                    "in one process, with --auto_batch goes on from it and needs less. So does a "
-                    "new run with a smaller --per_device_train_batch_size and more "
-                    "--gradient_accumulation_steps.",
+                    f"out of memory in step {step + 1}, with micro-batches of {size} rows: "
+                    f"{str(error).splitlines()[0]} The same command with "
+                    f"--activation_checkpointing true{halves} needs less, and goes on from the "
+                    "newest checkpoint, where there is one. So does a new run with a smaller "
+                    "--per_device_train_batch_size and more --gradient_accumulation_steps.",
                     code=1,
                 )
             # torch's writer names no reason when the disk ends in the middle of a file.
@@ -3226,7 +3227,7 @@ class Speed:
 
     The rows of each step and its loss are the same whatever is chosen, but for rounding; a resumed
     run takes what the first start chose, so that the rounding is the same too. The values here are
-    those of a stock trainer, with which runs of an older version of this script go on.
+    those of a stock trainer, and where an older version of this script recorded less, its own.
     """
 
     sort: bool = False  # each step's rows by length, in micro-batches with little padding
@@ -3463,7 +3464,7 @@ class FastSteps:
             torch.cuda.set_rng_state(on_device, self.args.device)
         if hasattr(self, "_metrics"):
             self._metrics["train"].clear()
-            self._metrics["train"].update(metrics)
+            self._metrics["train"].update({name: [*values] for name, values in metrics.items()})
             self._total_train_tokens = tokens
 
     def halve(self) -> None:
@@ -3969,7 +3970,7 @@ def measure_cost(trainer: Any, tried: list[dict[str, Any]], most: int) -> int:
     if of_full <= of_short:
         return most_tokens
     cost = of_short * (full - short) / (of_full - of_short) - short
-    return min(2 ** round(math.log2(cost)), most_tokens) if cost >= 1 else 0
+    return min(2 ** round(math.log2(max(cost, 1.0))), most_tokens)
 
 
 def full_micro_batches(
@@ -4176,8 +4177,8 @@ def choose_memory(
 def fits(trainer: Any, tried: list[dict[str, Any]], size: int, most: int) -> bool:
     """Whether `size` rows of the longest length fit in one micro-batch, with a tenth to spare.
 
-    One process splits rows by their tokens: a micro-batch of more and shorter rows, which has more
-    logits, is tried too.
+    One process splits rows by their tokens: a micro-batch of more rows of the median length, which
+    has more logits, is tried too. One of still shorter rows may need more.
     """
     import resource
 
@@ -4776,7 +4777,8 @@ def met_by_a_token(name: str, count: int, config: Any) -> int:
     text = config.get_text_config()
     experts = getattr(text, "num_local_experts", None) or getattr(text, "num_experts", None)
     taken = getattr(text, "num_experts_per_tok", None)
-    routed = bool(experts and taken) and "experts." in name
+    # Every token meets shared_experts.
+    routed = bool(experts and taken) and re.search(r"(^|\.)experts\.", name) is not None
     return round(count * taken / experts) if routed else count
 
 
@@ -5340,9 +5342,9 @@ def check_devices(settings: Any) -> None:
     """Refuse a process that Trainer would let compute on several GPUs: steps of other rows."""
     if settings.n_gpu > 1:
         fail(
-            f"this process sees {settings.n_gpu} GPUs, and its launcher made only one. Start with "
-            "`uv run`, which makes one for each GPU; give the launcher as many processes as GPUs; "
-            "or show this one a single GPU: CUDA_VISIBLE_DEVICES=0."
+            f"this one process sees {settings.n_gpu} GPUs. Show it a single one: "
+            "CUDA_VISIBLE_DEVICES=0; or make a process for each: --num_processes "
+            f"{settings.n_gpu} with `uv run`, or as many with torchrun or accelerate launch."
         )
 
 
@@ -5665,9 +5667,11 @@ def available_memory() -> float:
         said = Path("/proc/meminfo").read_text(encoding="utf-8")
         found += [1024 * int(kib) for kib in re.findall(r"MemAvailable:\s+(\d+) kB", said)]
     with contextlib.suppress(OSError, ValueError):  # The word max: no limit.
-        found.append(int(Path("/sys/fs/cgroup/memory.max").read_text(encoding="utf-8")))
-    with contextlib.suppress(OSError, ValueError):
-        found.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+        group = Path("/sys/fs/cgroup")
+        limit = int((group / "memory.max").read_text(encoding="utf-8"))
+        said = (group / "memory.stat").read_text(encoding="utf-8")
+        # Pages of files, which are the rest of what is used, make room.
+        found.append(limit - sum(map(int, re.findall(r"^anon (\d+)", said, re.MULTILINE))))
     return min(found)
 
 
@@ -7027,7 +7031,8 @@ def load_base(
     """Load the base model for `causal` or `classify` (a new head with one output per label).
 
     Its `drawn` names the weights that the checkpoint lacks: those of a classifier's head and
-    pooler, drawn at random here, and otherwise in every process. The adapter must bring them.
+    pooler, drawn at random here, and otherwise in every process. The adapter must bring them. (Of
+    a copy in bfloat16 it names none: the copy holds what was drawn.)
     MXFP4 (gpt-oss) and FP8 (Ministral) checkpoints are dequantised, because neither can be
     trained or merged as stored. Four bits of an FP8 checkpoint come from a copy in bfloat16.
     """
