@@ -24,6 +24,15 @@ SERVER = Hub(tempfile.mkdtemp(prefix="hub-"))
 os.environ["HF_ENDPOINT"] = SERVER.endpoint
 
 
+# Files of minutes, the longest first. Begun last, one of them would keep one core busy alone.
+LONGEST = ("resume", "faults", "loggers", "train", "models", "build_unified", "eval", "live")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    ranks = {f"test_{name}": rank for rank, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: ranks.get(item.path.stem, len(ranks)))
+
+
 @pytest.fixture(scope="session")
 def hub() -> Iterator[Hub]:
     """One loopback Hub for the whole run; each test uses repos of its own."""
