@@ -3199,9 +3199,8 @@ errors, and not the same ones for every group; it is not for unattended removal 
 
 # --- speed -----------------------------------------------------------------------------------
 
-# What a micro-batch costs beside its tokens, in tokens (Llamas of 20M and 100M on two cores; a
-# MiniLM encoder's costs 45). A GPU launches its kernels in the time of many more: there it is
-# measured.
+# What a micro-batch costs beside its tokens, in tokens (Llamas of 20M and 100M on two cores). A GPU
+# launches its kernels in the time of many more: there it is measured.
 MICRO_BATCH_COST = 64
 # Below this many parameters a step is mostly overhead, and measuring would choose by noise.
 MEASURED_FROM = 5_000_000
